@@ -1,0 +1,1 @@
+//! A Hugging Face model folder: config.json, safetensors, tokenizer, chat template.

@@ -1,0 +1,1 @@
+//! Steps that make training data: tokenizers, chat datasets.

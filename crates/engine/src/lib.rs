@@ -1,0 +1,1 @@
+//! Plan, action keys, code digests, execution, provenance, why. Emits events; prints nothing.

@@ -1,0 +1,1 @@
+//! Steps that export GGUF models for llama.cpp.

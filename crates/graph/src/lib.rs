@@ -1,0 +1,1 @@
+//! A causal language model as an ONNX graph: nodes, initializers, quantisation, bytes.

@@ -1,0 +1,1 @@
+//! Steps that fold adapters into their base.

@@ -1,0 +1,1 @@
+//! Steps that export ONNX models for ONNX Runtime and Transformers.js.

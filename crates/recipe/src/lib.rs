@@ -1,0 +1,1 @@
+//! TOML text to Recipe, with source spans for errors. Knows no step kind.

@@ -1,0 +1,1 @@
+//! A causal language model on ONNX Runtime: sessions, KV cache, sampling.

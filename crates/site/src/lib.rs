@@ -1,0 +1,1 @@
+//! Steps that make the web page a model is shipped in.

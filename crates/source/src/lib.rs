@@ -1,0 +1,1 @@
+//! Steps that bring in what others made: Hugging Face repositories, URLs.

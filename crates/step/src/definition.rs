@@ -1,0 +1,299 @@
+//! What a step declares of itself: its name, inputs, output, parameters and policies.
+//!
+//! A step is a struct of its parameters that implements [`Step`]; a family lists its steps as
+//! [`StepDef`]s. Nothing here runs a step: that is the worker's part.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use serde::de::{self, DeserializeOwned, Deserializer, Visitor};
+use serde_json::{Map, Value};
+
+use crate::kind::Kind;
+
+/// One crate of steps that share a worker.
+#[derive(Debug)]
+pub struct Family {
+    /// The package, the folder under `crates/`, and the part of a step's name before the slash.
+    pub name: &'static str,
+    pub steps: &'static [StepDef],
+    /// Tools that the worker needs to be compiled, by their names in the engine's table.
+    pub build_tools: &'static [&'static str],
+}
+
+/// A step's typed parameters, as they stand in a recipe with defaults filled in.
+pub trait Step: Serialize + DeserializeOwned {
+    /// `family/step`, and the path of the file that declares it.
+    const NAME: &'static str;
+    /// One line for people.
+    const ABOUT: &'static str;
+    const INPUTS: &'static [InputDef];
+    const OUTPUT: Kind;
+    /// How much of the platform is part of the key.
+    const PLATFORM: Platform = Platform::Any;
+    const REBUILD: Rebuild = Rebuild::BitForBit;
+    /// Only `source/*` and `publish/*` may say yes.
+    const NETWORK: bool = false;
+    /// Whether `cargo xtask lock` must pin this step before it is built.
+    const LOCKED: bool = false;
+    /// Tools that take part in the result, by their names in the engine's table.
+    const TOOLS: &'static [&'static str] = &[];
+
+    /// Turns what the recipe says into a full set of keys, before it is parsed: where presets act.
+    fn fill(params: Map<String, Value>) -> Result<Map<String, Value>, ParamError> {
+        Ok(params)
+    }
+
+    /// What serde cannot check: ranges, combinations.
+    fn validate(&self) -> Result<(), ParamError> {
+        Ok(())
+    }
+
+    /// What can be said of the output before anything is built. By default it takes after the
+    /// first input of which something is known.
+    fn facts(&self, inputs: &Known) -> Facts {
+        inputs
+            .values()
+            .flatten()
+            .map(|k| k.facts.clone())
+            .find(|f| *f != Facts::default())
+            .unwrap_or_default()
+    }
+
+    /// Refuses by name what is declared but not built yet: an architecture, a dtype.
+    fn supports(&self, inputs: &Known) -> Result<(), Unsupported> {
+        let _ = inputs;
+        Ok(())
+    }
+}
+
+/// An input field of a step.
+#[derive(Debug, Clone, Copy)]
+pub struct InputDef {
+    /// The key in the recipe.
+    pub name: &'static str,
+    pub kinds: &'static [Kind],
+    pub arity: Arity,
+}
+
+impl InputDef {
+    pub const fn one(name: &'static str, kinds: &'static [Kind]) -> Self {
+        Self { name, kinds, arity: Arity::One }
+    }
+    pub const fn optional(name: &'static str, kinds: &'static [Kind]) -> Self {
+        Self { name, kinds, arity: Arity::Optional }
+    }
+    pub const fn many(name: &'static str, kinds: &'static [Kind]) -> Self {
+        Self { name, kinds, arity: Arity::Many }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arity {
+    One,
+    Optional,
+    /// A list; each element is known to the step by its label (the target's name).
+    Many,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Platform {
+    /// The same bytes everywhere.
+    Any,
+    /// The same bytes on one architecture and operating system.
+    Arch,
+    /// The same bytes on one model of processor.
+    Exact,
+}
+
+/// How equal a rebuild must be.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Rebuild {
+    BitForBit,
+    /// Metrics of the same name within this relative distance.
+    WithinTolerance(f64),
+}
+
+/// What is known of an artifact before it exists.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Facts {
+    /// `model_type` of config.json: `llama`, `gemma3_text`.
+    pub architecture: Option<String>,
+}
+
+/// An input at plan time.
+#[derive(Debug, Clone)]
+pub struct KnownInput {
+    pub label: String,
+    pub kind: Kind,
+    pub facts: Facts,
+}
+
+/// Input name → what is known of the artifacts it takes.
+pub type Known = BTreeMap<String, Vec<KnownInput>>;
+
+/// Something declared that this version cannot build.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what} is not built yet: {built}")]
+pub struct Unsupported {
+    /// `architecture gemma3_text`, `dtype int8`.
+    pub what: String,
+    /// What is: `llama is`.
+    pub built: String,
+}
+
+/// A parameter that a recipe got wrong.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ParamError {
+    /// The key, dots between nested ones; empty for the table as a whole.
+    pub path: String,
+    pub message: String,
+    /// The nearest known key, the allowed range.
+    pub hint: Option<String>,
+}
+
+impl ParamError {
+    pub fn at(path: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { path: path.into(), message: message.into(), hint: None }
+    }
+
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+/// A [`Step`] as a value: what a registry lists.
+#[derive(Debug)]
+pub struct StepDef {
+    pub name: &'static str,
+    pub about: &'static str,
+    pub inputs: &'static [InputDef],
+    pub output: Kind,
+    pub platform: Platform,
+    pub rebuild: Rebuild,
+    pub network: bool,
+    pub locked: bool,
+    pub tools: &'static [&'static str],
+    /// The keys of its table, inputs and `step` left out.
+    pub keys: fn() -> &'static [&'static str],
+    /// Recipe parameters → the full set, in canonical form.
+    pub resolve: fn(Map<String, Value>) -> Result<Value, ParamError>,
+    /// Resolved parameters and known inputs → what is known of the output.
+    pub facts: fn(&Value, &Known) -> Facts,
+    pub supports: fn(&Value, &Known) -> Result<(), Unsupported>,
+}
+
+impl StepDef {
+    pub const fn of<S: Step>() -> Self {
+        Self {
+            name: S::NAME,
+            about: S::ABOUT,
+            inputs: S::INPUTS,
+            output: S::OUTPUT,
+            platform: S::PLATFORM,
+            rebuild: S::REBUILD,
+            network: S::NETWORK,
+            locked: S::LOCKED,
+            tools: S::TOOLS,
+            keys: field_names::<S>,
+            resolve: resolve::<S>,
+            facts: |params, inputs| typed::<S>(params).facts(inputs),
+            supports: |params, inputs| typed::<S>(params).supports(inputs),
+        }
+    }
+}
+
+fn resolve<S: Step>(params: Map<String, Value>) -> Result<Value, ParamError> {
+    let filled = Value::Object(S::fill(params)?);
+    let step: S = serde_path_to_error::deserialize(filled).map_err(|e| {
+        let path = e.path().to_string();
+        ParamError::at(if path == "." { String::new() } else { path }, e.inner().to_string())
+    })?;
+    step.validate()?;
+    Ok(serde_json::to_value(&step).expect("parameters serialise to JSON"))
+}
+
+/// # Panics
+/// If `params` did not come out of [`resolve`].
+fn typed<S: Step>(params: &Value) -> S {
+    S::deserialize(params).expect("resolved parameters parse again")
+}
+
+/// The field names that `T`'s derived `Deserialize` asks for: a struct tells them before it reads
+/// anything, so a deserializer that only listens is enough.
+fn field_names<T: DeserializeOwned>() -> &'static [&'static str] {
+    struct Listen<'a>(&'a mut &'static [&'static str]);
+
+    impl<'de> Deserializer<'de> for Listen<'_> {
+        type Error = de::value::Error;
+
+        fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Self::Error> {
+            Err(de::Error::custom("only listening"))
+        }
+
+        fn deserialize_struct<V: Visitor<'de>>(
+            self,
+            _: &'static str,
+            fields: &'static [&'static str],
+            _: V,
+        ) -> Result<V::Value, Self::Error> {
+            *self.0 = fields;
+            Err(de::Error::custom("only listening"))
+        }
+
+        serde::forward_to_deserialize_any! {
+            bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf option unit
+            unit_struct newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+        }
+    }
+
+    let mut names: &'static [&'static str] = &[];
+    let _ = T::deserialize(Listen(&mut names));
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::Deserialize;
+    use serde_json::json;
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Demo {
+        rank: u32,
+        #[serde(default = "half")]
+        rate: f64,
+    }
+
+    fn half() -> f64 {
+        0.5
+    }
+
+    impl Step for Demo {
+        const NAME: &'static str = "demo/step";
+        const ABOUT: &'static str = "A step of the tests.";
+        const INPUTS: &'static [InputDef] = &[];
+        const OUTPUT: Kind = Kind::Files;
+    }
+
+    const DEF: StepDef = StepDef::of::<Demo>();
+
+    fn resolve(value: Value) -> Result<Value, ParamError> {
+        let Value::Object(map) = value else { unreachable!("tests pass objects") };
+        (DEF.resolve)(map)
+    }
+
+    #[test]
+    fn defaults_are_filled_in() {
+        assert_eq!(resolve(json!({"rank": 4})), Ok(json!({"rank": 4, "rate": 0.5})));
+    }
+
+    #[test]
+    fn errors_name_the_key() {
+        assert_eq!(resolve(json!({"rank": "x"})).unwrap_err().path, "rank");
+        assert_eq!((DEF.keys)(), ["rank", "rate"]);
+    }
+}

@@ -1,0 +1,1 @@
+//! Cas and ActionCache on local disk: atomic, verified, read-only blobs.
