@@ -83,6 +83,12 @@ pub enum Event {
         name: String,
         version: String,
     },
+    /// What the step cost: the last line of one that ended well.
+    Usage {
+        cpu_seconds: f64,
+        /// Bytes.
+        peak_memory: u64,
+    },
     Failed(Failure),
 }
 
@@ -212,7 +218,10 @@ pub fn main(steps: &[(&str, Run)]) -> ExitCode {
         None => Err(Failure::bug(format!("this worker has no step `{}`", job.request.step)).into()),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            job.emit(&usage());
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             let failure = Failure::from_anyhow(&error);
             let code = failure.class.exit_code();
@@ -232,4 +241,16 @@ fn read(path: std::ffi::OsString) -> anyhow::Result<Request> {
 fn die_with_parent() {
     #[cfg(target_os = "linux")]
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+}
+
+/// What this process has used so far, zeros where the system does not tell.
+fn usage() -> Event {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // Fields 14 and 15 (user and system time, in hundredths), counted after the name in brackets.
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let ticks: u64 = fields.skip(11).take(2).filter_map(|f| f.parse::<u64>().ok()).sum();
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+    let kib = peak.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok());
+    Event::Usage { cpu_seconds: ticks as f64 / 100.0, peak_memory: kib.unwrap_or(0) * 1024 }
 }
