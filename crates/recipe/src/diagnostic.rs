@@ -15,33 +15,43 @@ use crate::Span;
 /// Something wrong at a place in a file, what it is, and what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Diagnostic {
-    pub path: PathBuf,
-    /// The whole file, from which the line is shown.
-    pub text: Arc<str>,
+    pub source: Arc<Source>,
     /// `None` where the file as a whole is meant.
     pub span: Option<Span>,
     /// Lower case, one sentence without a full stop.
     pub message: String,
     /// A few words under the place itself.
-    pub label: Option<String>,
+    pub label: Option<Box<str>>,
     /// What to do next.
     pub hint: Option<String>,
     /// What else is worth knowing.
     pub notes: Vec<String>,
 }
 
+/// A file that can be pointed into.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    pub path: PathBuf,
+    pub text: String,
+}
+
+impl Source {
+    pub fn new(path: &Path, text: &str) -> Arc<Self> {
+        Arc::new(Self { path: path.to_path_buf(), text: text.to_string() })
+    }
+}
+
 impl Diagnostic {
-    pub fn at(path: &Path, text: Arc<str>, span: Span, message: impl Into<String>) -> Self {
-        let mut whole = Self::of_file(path, message);
-        whole.span = Some(on_boundaries(&text, span));
-        whole.text = text;
-        whole
+    /// A mistake at a place. A span that does not fit the text is moved to where it does.
+    pub fn at(source: &Arc<Source>, span: Span, message: impl Into<String>) -> Self {
+        let span = on_boundaries(&source.text, span);
+        Self { span: Some(span), source: source.clone(), ..Self::of_file(&source.path, message) }
     }
 
+    /// A mistake of the file as a whole, or one that keeps it from being read.
     pub fn of_file(path: &Path, message: impl Into<String>) -> Self {
         Self {
-            path: path.to_path_buf(),
-            text: "".into(),
+            source: Source::new(path, ""),
             span: None,
             message: message.into(),
             label: None,
@@ -50,7 +60,7 @@ impl Diagnostic {
         }
     }
 
-    pub fn label(mut self, label: impl Into<String>) -> Self {
+    pub fn label(mut self, label: impl Into<Box<str>>) -> Self {
         self.label = Some(label.into());
         self
     }
@@ -67,19 +77,19 @@ impl Diagnostic {
 
     /// The same with the path as people see it from `root`, if it lies inside.
     pub fn relative_to(mut self, root: &Path) -> Self {
-        if let Ok(inside) = self.path.strip_prefix(root) {
-            self.path = inside.to_path_buf();
+        if let Ok(inside) = self.source.path.strip_prefix(root) {
+            self.source = Source::new(inside, &self.source.text);
         }
         self
     }
 
     /// `recipes/demo.toml:12:1`; line and column count from 1, columns in characters.
     pub fn place(&self) -> String {
-        let path = self.path.display();
+        let path = self.source.path.display();
         match &self.span {
             None => path.to_string(),
             Some(span) => {
-                let before = &self.text[..span.start];
+                let before = &self.source.text[..span.start];
                 let line_start = before.rfind('\n').map_or(0, |at| at + 1);
                 let line = before.matches('\n').count() + 1;
                 let column = before[line_start..].chars().count() + 1;
@@ -91,11 +101,11 @@ impl Diagnostic {
     /// As rustc shows its errors: message, place, line, caret, help. No line feed at the end.
     pub fn render(&self, colour: bool) -> String {
         let renderer = if colour { Renderer::styled() } else { Renderer::plain() };
-        let path = self.path.display().to_string();
+        let path = self.source.path.display().to_string();
         let mut report = match &self.span {
             None => Level::ERROR.primary_title(&self.message).element(Origin::path(path.as_str())),
             Some(span) => Level::ERROR.primary_title(&self.message).element(
-                Snippet::source(&*self.text).path(path.as_str()).annotation(
+                Snippet::source(&self.source.text).path(path.as_str()).annotation(
                     AnnotationKind::Primary.span(span.clone()).label(self.label.as_deref()),
                 ),
             ),

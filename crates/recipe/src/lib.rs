@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-pub use diagnostic::Diagnostic;
+pub use diagnostic::{Diagnostic, Source};
 pub use input::InputRef;
 pub use lock::Lock;
 pub use parse::is_name;
@@ -35,7 +35,8 @@ pub struct Recipe {
     /// The file's name without `.toml`.
     pub name: String,
     pub path: PathBuf,
-    pub text: Arc<str>,
+    /// The whole file, for diagnostics.
+    pub source: Arc<Source>,
     /// Its first line, where that is a comment: what the recipe is for.
     pub about: Option<String>,
     /// In the order of the file.
@@ -84,7 +85,7 @@ impl Recipe {
 
     /// A mistake at a place in this recipe.
     pub fn diagnostic(&self, span: Span, message: impl Into<String>) -> Diagnostic {
-        Diagnostic::at(&self.path, self.text.clone(), span, message)
+        Diagnostic::at(&self.source, span, message)
     }
 
     /// Where the value of `path` stands in a target's table: `rank`, `split.train`, `models[1]`.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use step::Failure;
 
-use crate::Diagnostic;
+use crate::{Diagnostic, Source};
 
 /// The version of the file.
 const VERSION: u32 = 1;
@@ -50,7 +50,7 @@ impl Lock {
         };
         let wrong = |e: toml::de::Error| {
             let span = e.span().unwrap_or(0..0);
-            Diagnostic::at(path, text.as_str().into(), span, e.message()).help(
+            Diagnostic::at(&Source::new(path, &text), span, e.message()).help(
                 "take the last good version out of git, or remove it and run `cargo xtask lock`",
             )
         };

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use serde_json::{Map, Number, Value};
 use toml::de::{DeTable, DeValue};
 
-use crate::{Diagnostic, Entry, Recipe, Span, Spanned, Table, nearest};
+use crate::{Diagnostic, Entry, Recipe, Source, Span, Spanned, Table, nearest};
 
 type At<'i, T> = toml::Spanned<T>;
 
 pub(crate) fn recipe(path: &Path, text: &str) -> Result<Recipe, Diagnostic> {
-    let parser = Parser { path, text: text.into() };
+    let parser = Parser { source: Source::new(path, text) };
     let name = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
     if let Err(why) = check_name(name) {
         return Err(Diagnostic::of_file(
@@ -22,9 +22,7 @@ pub(crate) fn recipe(path: &Path, text: &str) -> Result<Recipe, Diagnostic> {
         )
         .help(NAME_RULE));
     }
-    let root = DeTable::parse(text).map_err(|e| {
-        parser.error(e.span().unwrap_or(0..0), e.message()).label("not valid TOML here")
-    })?;
+    let root = DeTable::parse(text).map_err(|e| parser.not_toml(&e))?;
     let mut targets = Vec::new();
     for (key, value) in in_order(root.get_ref()) {
         targets.push(parser.table(&key, value, &targets)?);
@@ -38,7 +36,7 @@ pub(crate) fn recipe(path: &Path, text: &str) -> Result<Recipe, Diagnostic> {
         path: path.into(),
         about: about(text),
         targets,
-        text: parser.text,
+        source: parser.source,
     })
 }
 
@@ -58,6 +56,7 @@ fn check_name(name: &str) -> Result<(), String> {
         Some(first @ ('-' | '_')) => Err(format!("it begins with `{first}`")),
         Some(_) if name.len() > 100 => Err("it is longer than 100 bytes".into()),
         Some(_) => match name.chars().find(|c| !allowed(c)) {
+            Some(' ') => Err("it holds a space".into()),
             Some(c) => Err(format!("it holds `{}`", c.escape_debug())),
             None => Ok(()),
         },
@@ -71,14 +70,23 @@ fn about(text: &str) -> Option<String> {
     (!words.is_empty()).then(|| words.to_string())
 }
 
-struct Parser<'a> {
-    path: &'a Path,
-    text: Arc<str>,
+struct Parser {
+    source: Arc<Source>,
 }
 
-impl Parser<'_> {
+impl Parser {
     fn error(&self, span: Span, message: impl Into<String>) -> Diagnostic {
-        Diagnostic::at(self.path, self.text.clone(), span, message)
+        Diagnostic::at(&self.source, span, message)
+    }
+
+    fn not_toml(&self, error: &toml::de::Error) -> Diagnostic {
+        let span = error.span().unwrap_or(0..0);
+        match (error.message(), self.source.text.get(span.clone())) {
+            ("duplicate key", Some(key)) => self
+                .error(span.clone(), format!("`{key}` is written twice"))
+                .help("rename one of them, or take it away"),
+            (message, _) => self.error(span, message).label("not valid TOML here"),
+        }
     }
 
     fn table(
