@@ -1,1 +1,140 @@
-//! Plan, action keys, code digests, execution, provenance, why. Emits events; prints nothing.
+//! Plan, keys, execution, provenance, why: from resolved recipes to artifacts in the store.
+//!
+//! Prints nothing and reads no command line: it emits [`Event`]s. Knows no step by name: a
+//! [`Registry`] is handed to it.
+
+pub mod code;
+mod event;
+mod execute;
+pub mod gc;
+pub mod graph;
+pub mod lock;
+pub mod plan;
+mod process;
+pub mod resolve;
+mod target;
+pub mod tools;
+pub mod verify;
+pub mod why;
+
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+
+use step::{Action, ActionKey, ActionResult, Failure};
+use store::Store;
+
+pub use event::Event;
+pub use plan::{Blocked, Plan, Planned, Stale, Status};
+pub use resolve::{DEFAULT_RECIPE, Graph, Input, Node, Origin, Registry, Resolver};
+pub use target::TargetId;
+
+/// What stops the engine: a mistake at a place in a recipe, or any other failure.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{0}")]
+    Recipe(Box<recipe::Diagnostic>),
+    #[error("{0}")]
+    Failure(#[from] Failure),
+}
+
+impl Error {
+    /// The same, with a recipe's path as people see it from `root`.
+    fn relative_to(self, root: &Path) -> Self {
+        match self {
+            Error::Recipe(diagnostic) => Error::Recipe(Box::new(diagnostic.relative_to(root))),
+            other => other,
+        }
+    }
+}
+
+impl From<recipe::Diagnostic> for Error {
+    fn from(diagnostic: recipe::Diagnostic) -> Self {
+        Error::Recipe(Box::new(diagnostic))
+    }
+}
+
+impl From<store::StoreError> for Error {
+    fn from(error: store::StoreError) -> Self {
+        Error::Failure(error.into())
+    }
+}
+
+/// Where a workspace's store lies: the format is part of the path.
+pub fn store_path(root: &Path) -> PathBuf {
+    root.join("artifacts").join(format!("v{}", store::FORMAT))
+}
+
+/// Where workers come from.
+#[derive(Debug, Clone)]
+pub enum Workers {
+    /// Compiled from the workspace's own sources, by cargo.
+    Cargo,
+    /// One program for every family: tests bring their own.
+    Fixed(PathBuf),
+}
+
+/// One workspace and its store.
+pub struct Engine {
+    root: PathBuf,
+    store: Store,
+    registry: Registry,
+    code: RefCell<code::CodeBase>,
+    workers: Workers,
+}
+
+impl Engine {
+    /// Opens the workspace at `root`, whose store is `artifacts/v1`.
+    pub fn open(root: &Path, registry: Registry) -> Result<Self, Error> {
+        let store = Store::open(&store_path(root))?;
+        let code = code::CodeBase::open(root, &store.root().join("token-cache.json"))?;
+        Ok(Self {
+            root: root.to_path_buf(),
+            store,
+            registry,
+            code: RefCell::new(code),
+            workers: Workers::Cargo,
+        })
+    }
+
+    pub fn with_workers(self, workers: Workers) -> Self {
+        Self { workers, ..self }
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    pub fn registry(&self) -> Registry {
+        self.registry
+    }
+
+    pub fn resolver(&self) -> Resolver<'_> {
+        Resolver::new(&self.root, self.registry)
+    }
+
+    /// The result that a target's name stands for now: what was built last.
+    pub fn last(&self, id: &TargetId) -> Option<ActionResult> {
+        let text = std::fs::read(self.pointer(id)).ok()?;
+        let key: ActionKey = serde_json::from_slice(&text).ok()?;
+        self.store.actions().lookup(key).ok()?.found()
+    }
+
+    /// The action behind a result.
+    pub fn action(&self, key: ActionKey) -> Option<Action> {
+        self.store.action(key).ok()
+    }
+
+    /// Where a target's artifact is linked for people.
+    pub fn link(&self, id: &TargetId) -> PathBuf {
+        self.root.join("artifacts").join(&id.recipe).join(&id.target)
+    }
+
+    /// The file that keeps which action a target's name stood for last.
+    fn pointer(&self, id: &TargetId) -> PathBuf {
+        self.store.root().join("targets").join(&id.recipe).join(format!("{}.json", id.target))
+    }
+}

@@ -39,6 +39,12 @@ pub trait Step: Serialize + DeserializeOwned {
     /// Tools that take part in the result, by their names in the engine's table.
     const TOOLS: &'static [&'static str] = &[];
 
+    /// The kind of the output, where the recipe's own keys decide it.
+    fn output(params: &Map<String, Value>) -> Kind {
+        let _ = params;
+        Self::OUTPUT
+    }
+
     /// Turns what the recipe says into a full set of keys, before it is parsed: where presets act.
     fn fill(params: Map<String, Value>) -> Result<Map<String, Value>, ParamError> {
         Ok(params)
@@ -170,7 +176,8 @@ pub struct StepDef {
     pub name: &'static str,
     pub about: &'static str,
     pub inputs: &'static [InputDef],
-    pub output: Kind,
+    /// What the recipe says → the kind of the output.
+    pub output: fn(&Map<String, Value>) -> Kind,
     pub platform: Platform,
     pub rebuild: Rebuild,
     pub network: bool,
@@ -191,7 +198,7 @@ impl StepDef {
             name: S::NAME,
             about: S::ABOUT,
             inputs: S::INPUTS,
-            output: S::OUTPUT,
+            output: S::output,
             platform: S::PLATFORM,
             rebuild: S::REBUILD,
             network: S::NETWORK,

@@ -33,6 +33,7 @@ mod source;
 mod stat_cache;
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -142,9 +143,13 @@ fn check_version(path: &Path) -> Result<()> {
             }),
         },
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let partial = path.with_extension(std::process::id().to_string());
-            fs::write(&partial, format!("{FORMAT}\n"))
-                .and_then(|()| fs::rename(&partial, path))
+            let folder = path.parent().expect("a file in the store").join("tmp");
+            tempfile::NamedTempFile::new_in(folder)
+                .and_then(|mut file| {
+                    file.write_all(format!("{FORMAT}\n").as_bytes())?;
+                    Ok(file.persist(path)?)
+                })
+                .map(drop)
                 .map_err(io("write", path))
         }
         Err(e) => Err(io("read", path)(e)),

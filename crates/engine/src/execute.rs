@@ -1,0 +1,520 @@
+//! Makes what is stale: keys, workers, results, links.
+//!
+//! A result is recorded once all its bytes are in the store and its inputs are what they were
+//! before it ran. Killed at any moment, the store holds finished results only.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use step::worker::{self, Mode, Request};
+use step::{Action, ActionResult, Failure, Platform, Provenance, TreeDigest, action, canonical};
+
+use crate::plan::{Blocked, Plan, Planned, Ready, Stale, Status};
+use crate::process::{self, Said};
+use crate::resolve::{Graph, Input, Node, Origin};
+use crate::target::TargetId;
+use crate::{Engine, Error, Event, Workers, tools, why};
+
+/// What a build came to, target by target.
+#[derive(Debug)]
+pub struct Built {
+    pub id: TargetId,
+    pub result: ActionResult,
+    /// Whether it ran now, or was found.
+    pub ran: bool,
+    /// Bytes.
+    pub size: u64,
+}
+
+impl Engine {
+    /// The status of every target of `graph`. Runs nothing, writes nothing but caches.
+    pub fn plan(&self, graph: &Graph) -> Result<Plan, Error> {
+        let mut targets: Vec<Planned> = Vec::new();
+        let mut outputs: BTreeMap<TargetId, TreeDigest> = BTreeMap::new();
+        let facts = graph.facts();
+        for node in &graph.nodes {
+            let last = self.last(&node.id);
+            let blocked = self.blocked(node, &targets, &facts[&node.id].0);
+            let waits: Vec<TargetId> =
+                targets_of(node).filter(|id| !outputs.contains_key(id)).cloned().collect();
+            let status = if let Some(blocked) = blocked {
+                Status::Blocked(blocked)
+            } else if !waits.is_empty() {
+                Status::Stale(Stale::Waits(waits))
+            } else {
+                let ready = self.ready(node, &outputs)?;
+                match self.find(&ready)? {
+                    Ok(result) => {
+                        outputs.insert(node.id.clone(), result.output);
+                        Status::Cached(Box::new(result))
+                    }
+                    Err(lost) => Status::Stale(self.reason(&ready, last.as_ref(), lost)),
+                }
+            };
+            targets.push(Planned { id: node.id.clone(), step: node.def.name, status, last });
+        }
+        self.finish_caches();
+        Ok(Plan { targets })
+    }
+
+    /// Makes every target of `graph`, in order, and links it for people.
+    pub fn build(&self, graph: &Graph, on: &mut dyn FnMut(Event)) -> Result<Vec<Built>, Error> {
+        let facts = graph.facts();
+        let mut built: Vec<Built> = Vec::new();
+        let mut outputs = BTreeMap::new();
+        for node in &graph.nodes {
+            if let Some(blocked) = self.blocked(node, &[], &facts[&node.id].0) {
+                return Err(Failure::input(format!("{}: {blocked}", node.id)).into());
+            }
+            let ready = self.ready(node, &outputs)?;
+            let one = match self.make(node, &ready, &outputs, on) {
+                Ok(one) => one,
+                Err(error) => {
+                    self.finish_caches();
+                    if let Error::Failure(failure) = &error {
+                        on(Event::Failed { target: &node.id, failure });
+                    }
+                    return Err(error);
+                }
+            };
+            outputs.insert(node.id.clone(), one.result.output);
+            built.push(one);
+        }
+        self.finish_caches();
+        Ok(built)
+    }
+
+    /// One target whose inputs are made.
+    fn make(
+        &self,
+        node: &Node,
+        ready: &Ready,
+        outputs: &BTreeMap<TargetId, TreeDigest>,
+        on: &mut dyn FnMut(Event),
+    ) -> Result<Built, Error> {
+        let target = &node.id;
+        let lost = match self.find(ready)? {
+            Ok(result) => return self.found(target, result, on),
+            Err(lost) => lost,
+        };
+        let reason = self.reason(ready, self.last(target).as_ref(), lost);
+        let _guard = self.store.lock(ready.key, &mut |holder| {
+            on(Event::Waiting { target, holder });
+        })?;
+        // Whoever held the lock may have made it meanwhile.
+        if let Ok(result) = self.find(ready)? {
+            return self.found(target, result, on);
+        }
+        let worker = self.worker(node, on)?;
+        on(Event::Started { target, key: ready.key, reason: &reason });
+        let result = self.run(node, ready, &worker, outputs, on)?;
+        let result = self.store.actions().record(&result)?;
+        self.store.clear_scratch(ready.key)?;
+        self.point(target, &result)?;
+        let size = self.store.tree(result.output)?.size();
+        on(Event::Finished { target, result: &result, size });
+        Ok(Built { id: target.clone(), result, ran: true, size })
+    }
+
+    fn found(
+        &self,
+        target: &TargetId,
+        result: ActionResult,
+        on: &mut dyn FnMut(Event),
+    ) -> Result<Built, Error> {
+        self.point(target, &result)?;
+        on(Event::Cached { target, result: &result });
+        let size = self.store.tree(result.output)?.size();
+        Ok(Built { id: target.clone(), result, ran: false, size })
+    }
+
+    /// Runs the worker and takes its output in; records nothing.
+    pub(crate) fn run(
+        &self,
+        node: &Node,
+        ready: &Ready,
+        worker: &Path,
+        outputs: &BTreeMap<TargetId, TreeDigest>,
+        on: &mut dyn FnMut(Event),
+    ) -> Result<ActionResult, Error> {
+        let target = &node.id;
+        let attempt = self.store.attempt(&target.to_string())?;
+        let request = self.request(node, ready, attempt.path(), outputs, Mode::Build, on)?;
+        let started = SystemTime::now();
+        let clock = Instant::now();
+        let outcome = process::run(worker, &request, attempt.path(), &mut |said| match said {
+            Said::Progress(progress) => on(Event::Progress { target, progress }),
+            Said::Note(text) => on(Event::Note { target, text }),
+        })
+        .map_err(|failure| Failure {
+            message: format!("{target}: {}", failure.message),
+            ..failure
+        })?;
+        let wall_seconds = clock.elapsed().as_secs_f64();
+        self.unchanged(node, ready)?;
+
+        let output = self.store.ingest(&request.out)?.digest();
+        let report = self.store.ingest(&request.report)?.digest();
+        let log = self.store.put_bytes(&outcome.log)?;
+        let mut versions = outcome.versions;
+        let device = versions.remove("device").unwrap_or_else(|| "cpu".into());
+        let (git_commit, git_dirty) = git(&self.root);
+        let provenance = Provenance {
+            started: started.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            wall_seconds,
+            cpu_seconds: outcome.cpu_seconds,
+            peak_memory: outcome.peak_memory,
+            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            device,
+            versions,
+            git_commit,
+            git_dirty,
+            vouched_from: None,
+        };
+        Ok(ActionResult {
+            format: action::FORMAT,
+            key: ready.key,
+            step: node.def.name.into(),
+            kind: node.kind,
+            output,
+            report,
+            log,
+            metrics: outcome.metrics,
+            provenance,
+        })
+    }
+
+    pub(crate) fn request(
+        &self,
+        node: &Node,
+        ready: &Ready,
+        attempt: &Path,
+        outputs: &BTreeMap<TargetId, TreeDigest>,
+        mode: Mode,
+        on: &mut dyn FnMut(Event),
+    ) -> Result<Request, Error> {
+        let mut inputs: BTreeMap<String, Vec<worker::Input>> = BTreeMap::new();
+        for input in &node.inputs {
+            let tree = match &input.from {
+                Origin::Target(id) => outputs[id],
+                Origin::Path { path, .. } => {
+                    let now = self.store.ingest_copy(path)?.digest();
+                    if now != ready.inputs[&input.field] {
+                        return Err(moved(node, input).into());
+                    }
+                    now
+                }
+            };
+            let path = self.materialise(tree)?;
+            inputs.entry(input.name.into()).or_default().push(worker::Input {
+                label: input.label.clone(),
+                kind: input.kind,
+                path,
+                origin: origin(node, input),
+            });
+        }
+        let mut tool_paths = BTreeMap::new();
+        for tool in node.def.tools {
+            let found = self.tool(tool, on)?;
+            tool_paths.insert(tool.to_string(), found.root);
+        }
+        let scratch = self.store.scratch(ready.key)?;
+        let request = Request {
+            format: action::FORMAT,
+            step: node.def.name.into(),
+            mode,
+            params: ready.action.params.clone(),
+            inputs,
+            out: attempt.join("out"),
+            report: attempt.join("report"),
+            scratch,
+            tools: tool_paths,
+            threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
+        };
+        for dir in [&request.out, &request.report] {
+            std::fs::create_dir_all(dir).map_err(|e| {
+                Failure::environment(format!("cannot create {}: {e}", dir.display()))
+            })?;
+        }
+        Ok(request)
+    }
+
+    /// Inputs are checked after a step too: if they moved, nobody knows what it read.
+    fn unchanged(&self, node: &Node, ready: &Ready) -> Result<(), Error> {
+        for input in &node.inputs {
+            if let Origin::Path { path, .. } = &input.from
+                && self.store.hash_path(path)?.digest() != ready.inputs[&input.field]
+            {
+                return Err(moved(node, input).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// The action of a node whose inputs are made, and its key.
+    pub(crate) fn ready(
+        &self,
+        node: &Node,
+        outputs: &BTreeMap<TargetId, TreeDigest>,
+    ) -> Result<Ready, Error> {
+        let mut inputs = BTreeMap::new();
+        let mut files = BTreeMap::new();
+        for input in &node.inputs {
+            let digest = match &input.from {
+                Origin::Target(id) => outputs[id],
+                Origin::Path { path, .. } => {
+                    let tree = self.store.hash_path(path)?;
+                    let digest = tree.digest();
+                    files.insert(input.field.clone(), tree);
+                    digest
+                }
+            };
+            inputs.insert(input.field.clone(), digest);
+        }
+        let code = self.code.borrow_mut().family(node.family.name)?;
+        let action = Action {
+            format: action::FORMAT,
+            step: node.def.name.into(),
+            params: node.params.clone(),
+            inputs: inputs.clone(),
+            code,
+            tools: node
+                .def
+                .tools
+                .iter()
+                .map(|tool| Ok((tool.to_string(), tools::version_and_hash(tool, &self.root)?)))
+                .collect::<Result<_, Failure>>()?,
+            platform: platform(node.def.platform),
+        };
+        let key = action.key();
+        Ok(Ready { action, key, inputs, files })
+    }
+
+    /// The recorded result, or why there is none (`None`: there never was).
+    fn find(&self, ready: &Ready) -> Result<Result<ActionResult, Option<String>>, Error> {
+        Ok(match self.store.actions().lookup(ready.key)? {
+            store::Lookup::Found(result) => Ok(*result),
+            store::Lookup::Lost(reason) => Err(Some(reason)),
+            store::Lookup::Never => Err(None),
+        })
+    }
+
+    /// Why `ready` has no result, as against what was built last under its name.
+    fn reason(&self, ready: &Ready, last: Option<&ActionResult>, lost: Option<String>) -> Stale {
+        if let Some(lost) = lost {
+            return Stale::Lost(lost);
+        }
+        self.remember(ready);
+        match last.and_then(|last| self.action(last.key)) {
+            Some(before) => Stale::Changed(why::differences(&self.store, &before, &ready.action)),
+            None => Stale::NeverBuilt,
+        }
+    }
+
+    /// Keeps what stands behind a key, so that `why` can compare it: the action, the trees of its
+    /// files, the parts of its code. All of them lie under their own digests.
+    fn remember(&self, ready: &Ready) {
+        let code = self.code.borrow();
+        let parts = code.parts_of(ready.action.code);
+        // Only explanations hang on these, so failing to write them stops nothing.
+        let _ = self.store.put_action(&ready.action);
+        for tree in ready.files.values() {
+            let _ = self.store.put_bytes(&canonical::to_vec(tree));
+        }
+        if let Some(parts) = parts {
+            let _ = self.store.put_bytes(&canonical::to_vec(parts));
+        }
+    }
+
+    fn blocked(
+        &self,
+        node: &Node,
+        before: &[Planned],
+        known: &step::definition::Known,
+    ) -> Option<Blocked> {
+        if let Err(unsupported) = (node.def.supports)(&node.params, known) {
+            return Some(Blocked::Unsupported(unsupported));
+        }
+        if node.unlocked {
+            return Some(Blocked::NotLocked(node.id.clone()));
+        }
+        let blocked = |id: &&TargetId| {
+            before.iter().any(|p| p.id == **id && matches!(p.status, Status::Blocked(_)))
+        };
+        targets_of(node).find(blocked).cloned().map(Blocked::On)
+    }
+
+    /// The family's worker, compiled if need be.
+    pub(crate) fn worker(&self, node: &Node, on: &mut dyn FnMut(Event)) -> Result<PathBuf, Error> {
+        if let Workers::Fixed(path) = &self.workers {
+            return Ok(path.clone());
+        }
+        let mut env = BTreeMap::new();
+        for tool in node.family.build_tools {
+            env.extend(self.tool(tool, on)?.env);
+        }
+        self.compile(node.family.name, &env, on)
+    }
+
+    /// The worker of a package, compiled if need be.
+    pub fn compile(
+        &self,
+        family: &str,
+        env: &BTreeMap<String, String>,
+        on: &mut dyn FnMut(Event),
+    ) -> Result<PathBuf, Error> {
+        let clock = Instant::now();
+        let path = process::compile(&self.root, family, env, &mut |line| {
+            on(Event::Compiling { family, line });
+        })?;
+        on(Event::Compiled { family, wall: clock.elapsed() });
+        Ok(path)
+    }
+
+    /// A pinned tool, fetched if need be.
+    pub fn tool(&self, name: &str, on: &mut dyn FnMut(Event)) -> Result<tools::ToolPaths, Error> {
+        let dir = self.store.root().join("tools");
+        let found = tools::ensure(name, &self.root, &dir, &mut |text: &str| {
+            on(Event::Tool { tool: name, text });
+        })?;
+        Ok(found)
+    }
+
+    /// A read-only folder with the files of `tree`. Made once; held to its digest each time (the
+    /// stat cache makes that cheap), and made again if somebody changed it.
+    pub fn materialise(&self, tree: TreeDigest) -> Result<PathBuf, Error> {
+        let path = self.store.root().join("trees").join(tree.to_string());
+        if path.is_dir() {
+            if self.store.hash_path(&path).is_ok_and(|now| now.digest() == tree) {
+                return Ok(path);
+            }
+            remove(&path)?;
+        }
+        let attempt = self.store.attempt("tree")?;
+        let partial = attempt.path().join("tree");
+        self.store.materialise(&self.store.tree(tree)?, &partial, true)?;
+        rename(&partial, &path)?;
+        Ok(path)
+    }
+
+    /// Makes the target's name stand for `result`: pointer and links.
+    fn point(&self, target: &TargetId, result: &ActionResult) -> Result<(), Error> {
+        let pointer = self.pointer(target);
+        let text = serde_json::to_vec(&result.key).expect("a key serialises to JSON");
+        let link = self.link(target);
+        if std::fs::read(&pointer).is_ok_and(|old| old == text) && link.is_dir() {
+            return Ok(());
+        }
+        write_atomic(&pointer, &text)?;
+        symlink(&self.materialise(result.output)?, &link)?;
+        if !self.store.tree(result.report)?.entries().is_empty() {
+            let report = link.with_file_name(format!("{}.report", target.target));
+            symlink(&self.materialise(result.report)?, &report)?;
+        }
+        Ok(())
+    }
+
+    fn finish_caches(&self) {
+        self.code.borrow().save();
+        self.store.save_stat_cache();
+    }
+}
+
+fn targets_of(node: &Node) -> impl Iterator<Item = &TargetId> {
+    node.inputs.iter().filter_map(|input| match &input.from {
+        Origin::Target(id) => Some(id),
+        Origin::Path { .. } => None,
+    })
+}
+
+fn moved(node: &Node, input: &Input) -> Failure {
+    let origin = origin(node, input);
+    Failure::input(format!(
+        "{}: {origin} changed while the step ran; its result is not kept",
+        node.id
+    ))
+    .hint("build again once the file is at rest")
+}
+
+fn origin(node: &Node, input: &Input) -> String {
+    match &input.from {
+        Origin::Target(id) if id.recipe == node.id.recipe => id.target.clone(),
+        Origin::Target(id) => id.to_string(),
+        Origin::Path { shown, .. } => shown.clone(),
+    }
+}
+
+/// As much of this machine as `policy` asks for.
+fn platform(policy: Platform) -> Option<String> {
+    let arch = || format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
+    match policy {
+        Platform::Any => None,
+        Platform::Arch => Some(arch()),
+        Platform::Exact => {
+            let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+            let model = info.lines().find_map(|l| l.strip_prefix("model name"));
+            let model = model.unwrap_or("unknown").trim_start_matches([' ', '\t', ':']);
+            Some(format!("{} {model}", arch()))
+        }
+    }
+}
+
+/// The commit of the workspace and whether it was changed since.
+fn git(root: &Path) -> (Option<String>, bool) {
+    let ask = |args: &[&str]| {
+        let output =
+            std::process::Command::new("git").args(args).current_dir(root).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok()?;
+        output.status.success().then(|| text.trim().to_string())
+    };
+    let dirty = ask(&["status", "--porcelain"]).is_some_and(|s| !s.is_empty());
+    (ask(&["rev-parse", "HEAD"]), dirty)
+}
+
+fn remove(path: &Path) -> Result<(), Failure> {
+    std::fs::remove_dir_all(path)
+        .map_err(|e| Failure::environment(format!("cannot remove {}: {e}", path.display())))
+}
+
+/// Moves a finished folder to its place. Somebody else may have been there first.
+fn rename(from: &Path, to: &Path) -> Result<(), Failure> {
+    let parent = to.parent().expect("a place in a folder");
+    std::fs::create_dir_all(parent)
+        .and_then(|()| std::fs::rename(from, to))
+        .or_else(|e| if to.is_dir() { Ok(()) } else { Err(e) })
+        .map_err(|e| Failure::environment(format!("cannot write {}: {e}", to.display())))
+}
+
+fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+    let io = |e| {
+        let error = anyhow::Error::new(e).context(format!("cannot write {}", path.display()));
+        Failure::from_anyhow(&error)
+    };
+    let partial = path.with_extension(format!("{}.tmp", unique()));
+    std::fs::create_dir_all(path.parent().expect("a file in a folder")).map_err(io)?;
+    std::fs::write(&partial, bytes).map_err(io)?;
+    std::fs::rename(&partial, path).map_err(io)
+}
+
+/// A link at `at` that says `to`, put there in one move. Relative, so that the workspace may move.
+fn symlink(to: &Path, at: &Path) -> Result<(), Failure> {
+    let io = |e| {
+        let error = anyhow::Error::new(e).context(format!("cannot link {}", at.display()));
+        Failure::from_anyhow(&error)
+    };
+    let name = to.file_name().expect("trees have names");
+    let version = Path::new("..").join(format!("v{}", store::FORMAT)).join("trees").join(name);
+    let partial = at.with_file_name(format!(".{}.tmp", unique()));
+    std::fs::create_dir_all(at.parent().expect("a link in a folder")).map_err(io)?;
+    let _ = std::fs::remove_file(&partial);
+    std::os::unix::fs::symlink(&version, &partial).map_err(io)?;
+    std::fs::rename(&partial, at).map_err(io)
+}
+
+/// A part of a file name that nobody else uses now.
+fn unique() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}

@@ -1,0 +1,206 @@
+//! One worker process: request in, events out, nothing left behind.
+//!
+//! Knows nothing of keys or stores.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use step::Failure;
+use step::worker::{Event, Progress, Request};
+
+/// The variables a worker sees, where they are set: what finds programs and the network, and what
+/// picks an accelerator. Everything else is left out, so that it cannot take part in a result.
+const ENVIRONMENT: &[&str] = &[
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "RUST_BACKTRACE",
+];
+
+/// What a worker said, progress left out.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    pub metrics: BTreeMap<String, f64>,
+    pub versions: BTreeMap<String, String>,
+    pub cpu_seconds: f64,
+    /// Bytes.
+    pub peak_memory: u64,
+    /// Notes and standard error, in the order they came.
+    pub log: Vec<u8>,
+}
+
+/// What a worker says while it runs.
+pub enum Said<'a> {
+    Progress(&'a Progress),
+    Note(&'a str),
+}
+
+/// Runs `worker` on `request` in `dir`, which must exist and be empty of `request.json`.
+pub fn run(
+    worker: &Path,
+    request: &Request,
+    dir: &Path,
+    on: &mut dyn FnMut(Said),
+) -> Result<Outcome, Failure> {
+    let request_path = dir.join("request.json");
+    let stderr_path = dir.join("stderr.log");
+    let tmp = dir.join("tmp");
+    let io = |what: &str, path: &Path, e: std::io::Error| {
+        Failure::from_anyhow(&anyhow::Error::new(e).context(format!("{what} {}", path.display())))
+    };
+    std::fs::create_dir_all(&tmp).map_err(|e| io("cannot create", &tmp, e))?;
+    let text = serde_json::to_vec_pretty(request).expect("requests serialise to JSON");
+    File::create(&request_path)
+        .and_then(|mut f| f.write_all(&text))
+        .map_err(|e| io("cannot write", &request_path, e))?;
+    let stderr = File::create(&stderr_path).map_err(|e| io("cannot write", &stderr_path, e))?;
+
+    let mut command = Command::new(worker);
+    command.arg(&request_path).current_dir(dir).env_clear().env("TMPDIR", &tmp);
+    for name in ENVIRONMENT {
+        if let Some(value) = std::env::var_os(name) {
+            command.env(name, value);
+        }
+    }
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).process_group(0);
+    let child = command.spawn().map_err(|e| io("cannot start", worker, e))?;
+    let mut group = Group(child);
+    let stdout = group.0.stdout.take().expect("standard output is piped");
+
+    let mut outcome = Outcome::default();
+    let mut failure = None;
+    for line in BufReader::new(stdout).split(b'\n') {
+        let line = line.map_err(|e| io("cannot read the events of", worker, e))?;
+        match serde_json::from_slice::<Event>(&line) {
+            Ok(Event::Progress(progress)) => on(Said::Progress(&progress)),
+            Ok(Event::Metric { name, value }) => {
+                outcome.metrics.insert(name, value);
+            }
+            Ok(Event::Version { name, version }) => {
+                outcome.versions.insert(name, version);
+            }
+            Ok(Event::Note { text }) => {
+                outcome.log.extend_from_slice(text.as_bytes());
+                outcome.log.push(b'\n');
+                on(Said::Note(&text));
+            }
+            Ok(Event::Usage { cpu_seconds, peak_memory }) => {
+                outcome.cpu_seconds = cpu_seconds;
+                outcome.peak_memory = peak_memory;
+            }
+            Ok(Event::Failed(failed)) => failure = Some(failed),
+            // A library that prints to standard output: worth keeping, not worth stopping for.
+            Err(_) => {
+                outcome.log.extend_from_slice(&line);
+                outcome.log.push(b'\n');
+            }
+        }
+    }
+    let status = group.0.wait().map_err(|e| io("cannot wait for", worker, e))?;
+    let stderr = std::fs::read(&stderr_path).unwrap_or_default();
+    outcome.log.extend_from_slice(&stderr);
+
+    if let Some(failure) = failure {
+        return Err(failure);
+    }
+    if status.success() {
+        return Ok(outcome);
+    }
+    let how = match (status.code(), status.signal()) {
+        (_, Some(9)) => "was killed (signal 9): out of memory, or somebody stopped it".to_string(),
+        (_, Some(signal)) => format!("died of signal {signal}"),
+        (Some(code), _) => format!("ended with exit code {code}"),
+        _ => "ended badly".to_string(),
+    };
+    let last = tail(&stderr, 12);
+    Err(Failure::bug(format!("the worker of {} {how}{last}", request.step))
+        .hint(format!("its whole output is in {}", stderr_path.display())))
+}
+
+/// A worker and all that it started: none of them outlives this value.
+struct Group(Child);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(pid) = rustix::process::Pid::from_raw(self.0.id() as i32) {
+            // Already gone is as good.
+            let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
+        }
+        let _ = self.0.wait();
+    }
+}
+
+fn tail(stderr: &[u8], lines: usize) -> String {
+    let text = String::from_utf8_lossy(stderr);
+    let all: Vec<&str> = text.lines().collect();
+    let last = &all[all.len().saturating_sub(lines)..];
+    if last.is_empty() { String::new() } else { format!("; it said:\n{}", last.join("\n")) }
+}
+
+/// Compiles a family's worker and says where it is.
+pub fn compile(
+    root: &Path,
+    family: &str,
+    env: &BTreeMap<String, String>,
+    on_line: &mut dyn FnMut(&str),
+) -> Result<PathBuf, Failure> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let bin = format!("{family}-worker");
+    let mut command = Command::new(&cargo);
+    command
+        .args(["build", "--release", "--locked", "--package", family, "--features", "worker"])
+        .args(["--bin", &bin, "--message-format", "json-render-diagnostics"])
+        .current_dir(root)
+        .envs(env)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child =
+        command.spawn().map_err(|e| Failure::environment(format!("cannot start cargo: {e}")))?;
+    let stdout = child.stdout.take().expect("standard output is piped");
+    let artifacts = std::thread::spawn(move || {
+        let mut executable = None;
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            let message: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+            if message["target"]["name"] == bin.as_str()
+                && let Some(path) = message["executable"].as_str()
+            {
+                executable = Some(PathBuf::from(path));
+            }
+        }
+        executable
+    });
+    let stderr = child.stderr.take().expect("standard error is piped");
+    let mut said = Vec::new();
+    for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line).into_owned();
+        on_line(line.trim());
+        said.push(line);
+    }
+    let status = child.wait().map_err(|e| Failure::environment(format!("cargo: {e}")))?;
+    match artifacts.join() {
+        Ok(Some(path)) if status.success() => Ok(path),
+        _ => {
+            let last = said[said.len().saturating_sub(40)..].join("\n");
+            Err(Failure::environment(format!("the worker of `{family}` does not compile:\n{last}"))
+                .hint("`cargo xtask doctor` tells whether a tool is missing"))
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! What makes a target stale, what does not, and what survives a mishap: the engine on a small
+//! workspace with quick steps and a real worker process.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use engine::{Engine, Event, Registry, Stale, Status, Workers};
+use serde::{Deserialize, Serialize};
+use step::{Family, InputDef, Kind, Step, StepDef};
+
+macro_rules! demo_step {
+    ($type:ident, $name:literal) => {
+        #[derive(Serialize, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct $type {
+            #[serde(default)]
+            level: u32,
+        }
+
+        impl Step for $type {
+            const NAME: &'static str = $name;
+            const ABOUT: &'static str = "A step of the tests.";
+            const INPUTS: &'static [InputDef] =
+                &[InputDef::one("text", &[Kind::Files]), InputDef::many("more", &[Kind::Files])];
+            const OUTPUT: Kind = Kind::Files;
+        }
+    };
+}
+
+demo_step!(Upper, "demo/upper");
+demo_step!(Lines, "demo/lines");
+demo_step!(Fail, "demo/fail");
+demo_step!(Slow, "demo/slow");
+
+static FAMILY: Family = Family {
+    name: "demo",
+    steps: &[
+        StepDef::of::<Upper>(),
+        StepDef::of::<Lines>(),
+        StepDef::of::<Fail>(),
+        StepDef::of::<Slow>(),
+    ],
+    build_tools: &[],
+};
+
+const REGISTRY: Registry = Registry { families: &[&FAMILY] };
+
+const RECIPE: &str = r#"
+[count]
+step = "demo/lines"
+text = "./rows.txt"
+
+[shout]
+step = "demo/upper"
+text = "count"
+"#;
+
+/// A workspace in a temporary folder.
+struct Workspace {
+    dir: tempfile::TempDir,
+}
+
+impl Workspace {
+    fn new(recipe: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let this = Self { dir };
+        this.write("Cargo.toml", "[workspace]\n");
+        this.write(
+            "Cargo.lock",
+            "version = 4\n\n[[package]]\nname = \"demo\"\nversion = \"0.1.0\"\n",
+        );
+        this.write("crates/demo/Cargo.toml", "[package]\nname = \"demo\"\n");
+        this.write("crates/demo/src/lib.rs", "fn f() -> u8 { 1 }\n");
+        this.write("recipes/r.toml", recipe);
+        this.write("recipes/rows.txt", "one\ntwo\n");
+        this
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        self.dir.path().canonicalize().unwrap().join(path)
+    }
+
+    fn write(&self, path: &str, text: &str) {
+        let path = self.path(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+
+    fn engine(&self) -> Engine {
+        let worker = PathBuf::from(env!("CARGO_BIN_EXE_engine-test-worker"));
+        Engine::open(&self.path(""), REGISTRY).unwrap().with_workers(Workers::Fixed(worker))
+    }
+
+    /// Builds `target` and says which targets ran.
+    fn build(&self, target: &str) -> Result<Vec<String>, String> {
+        self.build_with(target, &mut |_| {})
+    }
+
+    fn build_with(&self, target: &str, on: &mut dyn FnMut(&Event)) -> Result<Vec<String>, String> {
+        let engine = self.engine();
+        let mut resolver = engine.resolver();
+        let show = |e: engine::Error| e.to_string();
+        let wanted = resolver.expand(&[target.to_string()]).map_err(show)?;
+        let graph = resolver.graph(&wanted).map_err(show)?;
+        let built = engine.build(&graph, &mut |event| on(&event)).map_err(show)?;
+        Ok(built.into_iter().filter(|b| b.ran).map(|b| b.id.target).collect())
+    }
+
+    fn status(&self, target: &str) -> BTreeMap<String, Status> {
+        let engine = self.engine();
+        let mut resolver = engine.resolver();
+        let wanted = resolver.expand(&[target.to_string()]).unwrap();
+        let plan = engine.plan(&resolver.graph(&wanted).unwrap()).unwrap();
+        plan.targets.into_iter().map(|t| (t.id.target, t.status)).collect()
+    }
+
+    fn output(&self, target: &str) -> String {
+        let path = self.path("artifacts/r").join(target).join("text.txt");
+        std::fs::read_to_string(path).unwrap()
+    }
+}
+
+#[test]
+fn a_second_build_runs_nothing() {
+    let w = Workspace::new(RECIPE);
+    assert_eq!(w.build("r").unwrap(), ["count", "shout"]);
+    assert_eq!(w.output("shout"), "2");
+    assert_eq!(w.build("r").unwrap(), [""; 0]);
+}
+
+#[test]
+fn what_does_not_matter_makes_nothing_stale() {
+    let w = Workspace::new(RECIPE);
+    w.build("r").unwrap();
+    w.write("recipes/rows.txt", "one\ntwo\n"); // touched
+    w.write("crates/demo/src/lib.rs", "//! Docs.\nfn f() -> u8 {\n    1 // one\n}\n");
+    w.write("recipes/r.toml", &format!("# A comment.\n{RECIPE}"));
+    assert_eq!(w.build("r").unwrap(), [""; 0]);
+}
+
+#[test]
+fn a_rerun_that_gives_the_same_bytes_stops_there() {
+    let w = Workspace::new(RECIPE);
+    w.build("r").unwrap();
+    w.write("recipes/rows.txt", "other\nwords\n");
+    assert_eq!(w.build("r").unwrap(), ["count"]);
+    w.write("recipes/rows.txt", "three\nlines\nnow\n");
+    assert_eq!(w.build("r").unwrap(), ["count", "shout"]);
+}
+
+#[test]
+fn why_names_the_field() {
+    let reason = |w: &Workspace| match w.status("r").remove("count").unwrap() {
+        Status::Stale(Stale::Changed(differences)) => {
+            differences.iter().map(|d| d.field.clone()).collect::<Vec<_>>()
+        }
+        other => panic!("{other:?}"),
+    };
+    let w = Workspace::new(RECIPE);
+    w.build("r").unwrap();
+    w.write("recipes/rows.txt", "x\n");
+    assert_eq!(reason(&w), ["inputs.text: rows.txt"]);
+    w.write("recipes/rows.txt", "one\ntwo\n");
+    w.write("crates/demo/src/lib.rs", "fn f() -> u8 { 2 }\n");
+    assert_eq!(reason(&w), ["code: crates/demo/src/lib.rs"]);
+    w.write("crates/demo/src/lib.rs", "fn f() -> u8 { 1 }\n");
+    w.write("recipes/r.toml", &RECIPE.replace("\"./rows.txt\"", "\"./rows.txt\"\nlevel = 3"));
+    assert_eq!(reason(&w), ["params.level"]);
+}
+
+#[test]
+fn an_input_that_changes_while_the_step_runs_is_not_cached() {
+    let w = Workspace::new("[s]\nstep = \"demo/slow\"\ntext = \"./rows.txt\"\n");
+    let error = w
+        .build_with("r/s", &mut |event| {
+            if matches!(event, Event::Started { .. }) {
+                w.write("recipes/rows.txt", "changed\n");
+            }
+        })
+        .unwrap_err();
+    assert_eq!(error, "r/s: recipes/rows.txt changed while the step ran; its result is not kept");
+    assert_eq!(w.build("r/s").unwrap(), ["s"]);
+    assert_eq!(w.output("s"), "changed\n");
+}
+
+#[test]
+fn a_lost_or_corrupt_file_is_made_again() {
+    let w = Workspace::new(RECIPE);
+    w.build("r").unwrap();
+    let engine = w.engine();
+    let count = engine.last(&engine::TargetId::new("r", "count")).unwrap();
+    let blob = engine.store().tree(count.output).unwrap().entries()[0].digest;
+    let path = engine.store().blob_path(blob);
+    drop(engine);
+
+    std::fs::remove_file(&path).unwrap();
+    assert!(matches!(w.status("r")["count"], Status::Stale(Stale::Lost(_))));
+    assert_eq!(w.build("r").unwrap(), ["count"]);
+
+    // The same size, other bytes: a scrub finds it, the next build makes it again.
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, "9").unwrap();
+    let report = w.engine().store().scrub(&mut |_| {}).unwrap();
+    assert_eq!(report.corrupt, [blob]);
+    assert_eq!(w.build("r").unwrap(), ["count"]);
+    assert_eq!(w.output("count"), "2");
+}
+
+#[test]
+fn a_failure_keeps_what_was_made_before_it() {
+    let recipe = "[a]\nstep = \"demo/lines\"\ntext = \"./rows.txt\"\n[b]\nstep = \"demo/fail\"\ntext = \"a\"\n";
+    let w = Workspace::new(recipe);
+    assert_eq!(w.build("r/b").unwrap_err(), "r/b: rows.txt:3: no verb in this sentence");
+    assert!(matches!(w.status("r/b")["a"], Status::Cached(_)));
+}
+
+#[test]
+fn two_builders_run_an_action_once() {
+    let w = Workspace::new("[s]\nstep = \"demo/slow\"\ntext = \"./rows.txt\"\n");
+    let ran: usize = std::thread::scope(|scope| {
+        let builders: Vec<_> =
+            (0..4).map(|_| scope.spawn(|| w.build("r/s").unwrap().len())).collect();
+        builders.into_iter().map(|b| b.join().unwrap()).sum()
+    });
+    assert_eq!(ran, 1);
+}
+
+#[test]
+fn gc_keeps_what_targets_stand_for() {
+    let w = Workspace::new(RECIPE);
+    w.build("r").unwrap();
+    w.write("recipes/rows.txt", "just one\n");
+    w.build("r").unwrap();
+    let swept = w.engine().gc(std::time::Duration::ZERO, false).unwrap();
+    assert_eq!(swept.results_removed, 2);
+    assert_eq!(w.build("r").unwrap(), [""; 0]);
+    assert_eq!(w.output("shout"), "1");
+}
+
+#[test]
+fn a_rebuild_is_held_to_its_bytes() {
+    let w = Workspace::new(RECIPE);
+    w.build("r").unwrap();
+    let engine = w.engine();
+    let mut resolver = engine.resolver();
+    let wanted = resolver.expand(&["r".to_string()]).unwrap();
+    let graph = resolver.graph(&wanted).unwrap();
+    let rebuilt = engine.rebuild(&graph, &mut |_| {}).unwrap();
+    let identical = |r: &engine::verify::Rebuilt| r.verdict == engine::verify::Verdict::Identical;
+    assert!(rebuilt.iter().all(identical), "{rebuilt:?}");
+}
+
+/// Recipes with one mistake each, and what a person sees.
+#[test]
+fn mistakes_are_shown_at_their_place() {
+    let cases = [
+        ("unknown_step", "[a]\nstep = \"demo/uper\"\ntext = \"./rows.txt\"\n"),
+        ("unknown_key", "[a]\nstep = \"demo/upper\"\ntext = \"./rows.txt\"\nlevle = 2\n"),
+        ("wrong_type", "[a]\nstep = \"demo/upper\"\ntext = \"./rows.txt\"\nlevel = \"high\"\n"),
+        ("missing_input", "[a]\nstep = \"demo/upper\"\n"),
+        ("missing_file", "[a]\nstep = \"demo/upper\"\ntext = \"./row.txt\"\n"),
+        ("missing_target", "[a]\nstep = \"demo/upper\"\ntext = \"aa\"\n"),
+        ("missing_recipe", "[a]\nstep = \"demo/upper\"\ntext = \"q/a\"\n"),
+        ("not_a_list", "[a]\nstep = \"demo/upper\"\ntext = [\"./rows.txt\"]\n"),
+        (
+            "cycle",
+            "[a]\nstep = \"demo/upper\"\ntext = \"b\"\n[b]\nstep = \"demo/upper\"\ntext = \"a\"\n",
+        ),
+    ];
+    let mut all = String::new();
+    for (name, recipe) in cases {
+        let w = Workspace::new(recipe);
+        let error = w.build("r/a").expect_err(name);
+        all.push_str(&format!("── {name} ──\n{error}\n\n"));
+    }
+    insta::assert_snapshot!(all);
+}
