@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+mod download;
+mod huggingface;
+mod url;
+
 fn main() -> ExitCode {
-    step::worker::main(&[])
+    step::worker::main(&[("source/huggingface", huggingface::run), ("source/url", url::run)])
 }
