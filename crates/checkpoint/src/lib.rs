@@ -1,1 +1,53 @@
 //! A Hugging Face model folder: config.json, safetensors, tokenizer, chat template.
+//!
+//! Knows nothing of training or of any export: it reads a folder, refuses what it does not know by
+//! name, and writes one that transformers reads.
+
+use std::path::Path;
+
+#[cfg(feature = "chat")]
+pub mod chat;
+pub mod config;
+mod error;
+pub mod names;
+#[cfg(feature = "weights")]
+pub mod weights;
+
+pub use error::Error;
+
+/// `model_type` of the architectures that are built.
+pub const ARCHITECTURES: &[&str] = &["llama"];
+
+/// Whether models of this `model_type` can be trained and exported.
+pub fn supports(model_type: &str) -> bool {
+    ARCHITECTURES.contains(&model_type)
+}
+
+/// The files of a tokenizer, as transformers, Transformers.js and llama.cpp look for them.
+pub const TOKENIZER_FILES: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+];
+
+/// Copies what goes with a model wherever it goes: tokenizer, chat template, generation
+/// defaults, licence and notices. Files that `from` does not have are left out.
+pub fn copy_companions(from: &Path, to: &Path) -> Result<(), Error> {
+    let entries = std::fs::read_dir(from).map_err(|e| Error::io(from, e))?;
+    for entry in entries {
+        let entry = entry.map_err(|e| Error::io(from, e))?;
+        let name = entry.file_name();
+        let text = name.to_string_lossy();
+        let legal = ["LICENSE", "NOTICE", "USE_POLICY"].iter().any(|p| text.starts_with(p));
+        if legal || text == "generation_config.json" || TOKENIZER_FILES.contains(&&*text) {
+            let to = to.join(&name);
+            // Not `fs::copy`: it would carry a store's read-only mode along.
+            let bytes = std::fs::read(entry.path()).map_err(|e| Error::io(&entry.path(), e))?;
+            std::fs::write(&to, bytes).map_err(|e| Error::io(&to, e))?;
+        }
+    }
+    Ok(())
+}

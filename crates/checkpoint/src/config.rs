@@ -1,0 +1,276 @@
+//! config.json, read strictly: a key that changes what the model computes is either understood or
+//! refused by name.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::Error;
+
+/// The architectures that are built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    /// Llama 2, TinyLlama, SmolLM: rotary positions without scaling, SwiGLU, RMS norms.
+    Llama,
+}
+
+impl Architecture {
+    pub const fn model_type(self) -> &'static str {
+        match self {
+            Architecture::Llama => "llama",
+        }
+    }
+}
+
+/// The shape of a causal language model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    pub architecture: Architecture,
+    pub hidden_size: usize,
+    pub num_layers: usize,
+    pub num_heads: usize,
+    pub num_kv_heads: usize,
+    pub head_dim: usize,
+    pub intermediate_size: usize,
+    pub vocab_size: usize,
+    pub max_positions: usize,
+    pub rms_norm_eps: f64,
+    pub rope_theta: f64,
+    /// Whether the head is the embedding.
+    pub tied: bool,
+    pub bos_token_id: Option<u32>,
+    pub eos_token_ids: Vec<u32>,
+    pub pad_token_id: Option<u32>,
+    /// `bfloat16`, `float16` or `float32`.
+    pub dtype: String,
+}
+
+impl Config {
+    /// Reads `config.json` in a model folder.
+    pub fn read(dir: &Path) -> Result<Self, Error> {
+        let path = dir.join("config.json");
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
+        Self::parse(&text, &path)
+    }
+
+    /// Reads the text of a config.json; `origin` is named in errors.
+    pub fn parse(json: &str, origin: &Path) -> Result<Self, Error> {
+        let value: Value = serde_json::from_str(json)
+            .map_err(|e| Error::Parse { path: origin.into(), message: e.to_string() })?;
+        let Value::Object(map) = value else {
+            return Err(Error::Parse { path: origin.into(), message: "no JSON object".into() });
+        };
+        let keys = Keys { map: &map, origin };
+        let model_type = keys.text("model_type")?;
+        let architecture = match model_type.as_str() {
+            "llama" => Architecture::Llama,
+            _ => return Err(Error::Architecture { path: origin.into(), found: model_type }),
+        };
+        keys.refuse_what_changes_the_maths()?;
+        let (hidden_size, num_heads) =
+            (keys.size("hidden_size")?, keys.size("num_attention_heads")?);
+        let rope = map.get("rope_parameters").or(map.get("rope_scaling"));
+        let theta = map.get("rope_theta").or_else(|| rope?.get("rope_theta"));
+        let config = Self {
+            architecture,
+            hidden_size,
+            num_layers: keys.size("num_hidden_layers")?,
+            num_heads,
+            num_kv_heads: keys.size_or("num_key_value_heads", num_heads)?,
+            head_dim: keys.size_or("head_dim", hidden_size / num_heads)?,
+            intermediate_size: keys.size("intermediate_size")?,
+            vocab_size: keys.size("vocab_size")?,
+            max_positions: keys.size_or("max_position_embeddings", 2048)?,
+            rms_norm_eps: map.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-6),
+            rope_theta: theta.and_then(Value::as_f64).unwrap_or(10_000.0),
+            tied: map.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false),
+            bos_token_id: keys.ids("bos_token_id").first().copied(),
+            eos_token_ids: keys.ids("eos_token_id"),
+            pad_token_id: keys.ids("pad_token_id").first().copied(),
+            dtype: map
+                .get("dtype")
+                .or(map.get("torch_dtype"))
+                .and_then(Value::as_str)
+                .unwrap_or("float32")
+                .to_string(),
+        };
+        if config.num_heads % config.num_kv_heads != 0 || config.head_dim % 2 != 0 {
+            return Err(Error::Config {
+                path: origin.into(),
+                message: format!(
+                    "{} heads over {} key/value heads of {} dimensions do not go together",
+                    config.num_heads, config.num_kv_heads, config.head_dim
+                ),
+            });
+        }
+        Ok(config)
+    }
+
+    /// The config.json of this model, with the spellings of transformers 4 and 5 both.
+    pub fn to_json(&self) -> Value {
+        let eos = match self.eos_token_ids.as_slice() {
+            [] => Value::Null,
+            [one] => json!(one),
+            many => json!(many),
+        };
+        json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": self.architecture.model_type(),
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.intermediate_size,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_positions,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "hidden_act": "silu",
+            "attention_bias": false,
+            "mlp_bias": false,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": self.tied,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": eos,
+            "pad_token_id": self.pad_token_id,
+            "initializer_range": 0.02,
+            "use_cache": true,
+            "torch_dtype": self.dtype,
+            "dtype": self.dtype,
+        })
+    }
+
+    /// Parameters, a tied head counted once.
+    pub fn parameters(&self) -> usize {
+        crate::names::expected(self).iter().map(|(_, s)| s.iter().product::<usize>()).sum()
+    }
+}
+
+struct Keys<'a> {
+    map: &'a Map<String, Value>,
+    origin: &'a Path,
+}
+
+impl Keys<'_> {
+    fn text(&self, key: &'static str) -> Result<String, Error> {
+        let text = self.map.get(key).and_then(Value::as_str);
+        text.map(str::to_string).ok_or(Error::MissingKey { path: self.origin.into(), key })
+    }
+
+    fn size(&self, key: &'static str) -> Result<usize, Error> {
+        match self.map.get(key).and_then(Value::as_u64) {
+            Some(0) => {
+                Err(Error::Config { path: self.origin.into(), message: format!("`{key}` is 0") })
+            }
+            Some(n) => Ok(n as usize),
+            None => Err(Error::MissingKey { path: self.origin.into(), key }),
+        }
+    }
+
+    fn size_or(&self, key: &'static str, default: usize) -> Result<usize, Error> {
+        match self.map.get(key) {
+            None | Some(Value::Null) => Ok(default),
+            Some(_) => self.size(key),
+        }
+    }
+
+    /// A token id or a list of them.
+    fn ids(&self, key: &str) -> Vec<u32> {
+        let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+        match self.map.get(key) {
+            Some(Value::Array(all)) => all.iter().filter_map(id).collect(),
+            Some(one) => id(one).into_iter().collect(),
+            None => Vec::new(),
+        }
+    }
+
+    fn refuse_what_changes_the_maths(&self) -> Result<(), Error> {
+        let refuse = |key: &str, value: &Value| {
+            Err(Error::UnsupportedKey {
+                path: self.origin.into(),
+                key: key.into(),
+                value: value.to_string(),
+            })
+        };
+        for key in ["attention_bias", "mlp_bias"] {
+            if let Some(value @ Value::Bool(true)) = self.map.get(key) {
+                return refuse(key, value);
+            }
+        }
+        for key in ["hidden_act", "hidden_activation"] {
+            match self.map.get(key) {
+                None | Some(Value::Null) => {}
+                Some(Value::String(act)) if act == "silu" => {}
+                Some(other) => return refuse(key, other),
+            }
+        }
+        for key in ["rope_scaling", "rope_parameters"] {
+            let Some(Value::Object(rope)) = self.map.get(key) else { continue };
+            let kind = rope.get("rope_type").or(rope.get("type")).and_then(Value::as_str);
+            if kind.is_some_and(|kind| kind != "default") {
+                return refuse(key, &self.map[key]);
+            }
+        }
+        match self.map.get("quantization_config") {
+            None | Some(Value::Null) => Ok(()),
+            Some(value) => refuse("quantization_config", value),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TINY: &str = r#"{"model_type":"llama","hidden_size":64,"num_hidden_layers":2,
+        "num_attention_heads":4,"num_key_value_heads":2,"intermediate_size":128,"vocab_size":96,
+        "tie_word_embeddings":true,"eos_token_id":[0,2]}"#;
+
+    fn parse(json: &str) -> Result<Config, Error> {
+        Config::parse(json, Path::new("config.json"))
+    }
+
+    #[test]
+    fn what_is_written_reads_back() {
+        let config = parse(TINY).unwrap();
+        assert_eq!((config.head_dim, config.eos_token_ids.clone()), (16, vec![0, 2]));
+        assert_eq!(parse(&config.to_json().to_string()).unwrap(), config);
+        assert_eq!(
+            config.parameters(),
+            96 * 64 + 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 128) + 64
+        );
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused_by_name() {
+        for (from, to, message) in [
+            (
+                "llama",
+                "gemma3_text",
+                "config.json: architecture `gemma3_text` is not built yet; llama is",
+            ),
+            ("\"vocab_size\":96,", "", "config.json has no `vocab_size`"),
+            (
+                "{\"model",
+                "{\"attention_bias\":true,\"model",
+                "config.json: `attention_bias` = true changes what the model computes, and is not built yet",
+            ),
+            (
+                "{\"model",
+                "{\"hidden_act\":\"gelu\",\"model",
+                "config.json: `hidden_act` = \"gelu\" changes what the model computes, and is not built yet",
+            ),
+            (
+                "{\"model",
+                "{\"rope_scaling\":{\"rope_type\":\"llama3\"},\"model",
+                "config.json: `rope_scaling` = {\"rope_type\":\"llama3\"} changes what the model computes, and is not built yet",
+            ),
+            ("heads\":4", "heads\":0", "config.json: `num_attention_heads` is 0"),
+        ] {
+            let json = TINY.replacen(from, to, 1);
+            assert_eq!(parse(&json).unwrap_err().to_string(), message);
+        }
+    }
+}

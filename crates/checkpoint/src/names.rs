@@ -1,0 +1,56 @@
+//! The names and shapes of a model's tensors, as Hugging Face writes them.
+
+use crate::config::Config;
+
+pub const EMBED: &str = "model.embed_tokens.weight";
+pub const NORM: &str = "model.norm.weight";
+pub const LM_HEAD: &str = "lm_head.weight";
+
+/// The linear layers of a block, in the order in which they are used.
+pub const LINEARS: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
+
+/// `model.layers.3.self_attn.q_proj.weight`.
+pub fn layer(index: usize, part: &str) -> String {
+    format!("model.layers.{index}.{part}.weight")
+}
+
+/// \[out, in\] of a linear layer named in [`LINEARS`].
+pub fn linear_shape(config: &Config, part: &str) -> Option<[usize; 2]> {
+    let (h, q) = (config.hidden_size, config.num_heads * config.head_dim);
+    let (kv, f) = (config.num_kv_heads * config.head_dim, config.intermediate_size);
+    Some(match part {
+        "self_attn.q_proj" => [q, h],
+        "self_attn.k_proj" | "self_attn.v_proj" => [kv, h],
+        "self_attn.o_proj" => [h, q],
+        "mlp.gate_proj" | "mlp.up_proj" => [f, h],
+        "mlp.down_proj" => [h, f],
+        _ => return None,
+    })
+}
+
+/// Every tensor that a checkpoint of this config holds, with its shape.
+pub fn expected(config: &Config) -> Vec<(String, Vec<usize>)> {
+    let h = config.hidden_size;
+    let mut all = vec![(EMBED.to_string(), vec![config.vocab_size, h])];
+    for i in 0..config.num_layers {
+        for part in LINEARS {
+            let shape = linear_shape(config, part).expect("a name of the list");
+            all.push((layer(i, part), shape.to_vec()));
+        }
+        all.push((layer(i, "input_layernorm"), vec![h]));
+        all.push((layer(i, "post_attention_layernorm"), vec![h]));
+    }
+    all.push((NORM.to_string(), vec![h]));
+    if !config.tied {
+        all.push((LM_HEAD.to_string(), vec![config.vocab_size, h]));
+    }
+    all
+}

@@ -1,0 +1,390 @@
+//! Tensors of a model folder: read through mmap, written in one stream.
+//!
+//! Knows nothing of what a tensor means. Nothing is copied until somebody asks for f32.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde_json::{Value, json};
+
+pub use safetensors::Dtype;
+
+use crate::config::Config;
+use crate::{Error, names};
+
+/// The tensors of a folder, one file or many.
+#[derive(Debug)]
+pub struct Weights {
+    files: Vec<Mapped>,
+    /// Name → index of its file.
+    index: BTreeMap<String, usize>,
+    dir: PathBuf,
+}
+
+/// A file whose header was checked: every tensor lies inside it.
+#[derive(Debug)]
+struct Mapped {
+    path: PathBuf,
+    map: Mmap,
+    /// Where the data begins.
+    start: usize,
+    metadata: Metadata,
+}
+
+/// A tensor where it lies in the file.
+#[derive(Debug, Clone)]
+pub struct TensorRef<'a> {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// Row-major, little-endian.
+    pub data: &'a [u8],
+    path: &'a Path,
+}
+
+impl Weights {
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, or
+    /// `adapter_model.safetensors`.
+    pub fn open(dir: &Path) -> Result<Self, Error> {
+        let index = dir.join("model.safetensors.index.json");
+        let mut paths = Vec::new();
+        if index.is_file() {
+            let text = std::fs::read_to_string(&index).map_err(|e| Error::io(&index, e))?;
+            let value: Value = serde_json::from_str(&text)
+                .map_err(|e| Error::Parse { path: index.clone(), message: e.to_string() })?;
+            let map = value.get("weight_map").and_then(Value::as_object);
+            let map = map.ok_or(Error::MissingKey { path: index.clone(), key: "weight_map" })?;
+            let mut names: Vec<&str> = map.values().filter_map(Value::as_str).collect();
+            names.sort_unstable();
+            names.dedup();
+            for name in names {
+                if name.contains(['/', '\\']) {
+                    let message = format!("the shard `{name}` is not in the folder");
+                    return Err(Error::Config { path: index, message });
+                }
+                paths.push(dir.join(name));
+            }
+        } else {
+            let model = dir.join("model.safetensors");
+            let adapter = dir.join("adapter_model.safetensors");
+            paths.push(if adapter.is_file() && !model.is_file() { adapter } else { model });
+        }
+        let files: Vec<Mapped> = paths.iter().map(|p| Mapped::open(p)).collect::<Result<_, _>>()?;
+        let mut by_name = BTreeMap::new();
+        for (at, file) in files.iter().enumerate() {
+            for name in file.metadata.tensors().keys() {
+                if by_name.insert(name.clone(), at).is_some() {
+                    let message = format!("tensor `{name}` stands in two shards");
+                    return Err(Error::Header { path: file.path.clone(), message });
+                }
+            }
+        }
+        Ok(Self { files, index: by_name, dir: dir.to_path_buf() })
+    }
+
+    /// Opens one file, whatever its name.
+    pub fn open_file(path: &Path) -> Result<Self, Error> {
+        let file = Mapped::open(path)?;
+        let index = file.metadata.tensors().keys().map(|name| (name.clone(), 0)).collect();
+        Ok(Self { files: vec![file], index, dir: path.to_path_buf() })
+    }
+
+    /// All names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.index.keys().map(String::as_str)
+    }
+
+    pub fn contains(&self, name: &str) -> bool {
+        self.index.contains_key(name)
+    }
+
+    pub fn get(&self, name: &str) -> Result<TensorRef<'_>, Error> {
+        let missing = || Error::MissingTensor { path: self.dir.clone(), name: name.into() };
+        let file = &self.files[*self.index.get(name).ok_or_else(missing)?];
+        let info = file.metadata.info(name).ok_or_else(missing)?;
+        let (from, to) = info.data_offsets;
+        Ok(TensorRef {
+            name: name.into(),
+            dtype: info.dtype,
+            shape: info.shape.clone(),
+            data: &file.map[file.start + from..file.start + to],
+            path: &file.path,
+        })
+    }
+
+    /// Holds names, shapes and types to what `config` asks for.
+    pub fn check(&self, config: &Config) -> Result<(), Error> {
+        let expected: BTreeMap<_, _> = names::expected(config).into_iter().collect();
+        for (name, shape) in &expected {
+            let tensor = self.get(name)?;
+            if tensor.shape != *shape {
+                return Err(Error::Shape {
+                    path: tensor.path.into(),
+                    name: name.clone(),
+                    found: tensor.shape,
+                    expected: shape.clone(),
+                });
+            }
+            tensor.float()?;
+        }
+        for name in self.names() {
+            // Some files carry rotary tables or a copy of a tied head: both follow from the rest.
+            let derived = name.ends_with("rotary_emb.inv_freq") || name == names::LM_HEAD;
+            if !expected.contains_key(name) && !derived {
+                return Err(Error::UnknownTensor { path: self.dir.clone(), name: name.into() });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Mapped {
+    fn open(path: &Path) -> Result<Self, Error> {
+        let file = File::open(path).map_err(|e| Error::io(path, e))?;
+        // SAFETY: nobody writes to a model while we read it: files of the store are read-only, and
+        // a user's own are hashed before and after the step.
+        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
+        let header = |message: String| Error::Header { path: path.into(), message };
+        let (size, metadata) =
+            safetensors::SafeTensors::read_metadata(&map).map_err(|e| header(e.to_string()))?;
+        let start = size + 8;
+        if start + metadata.data_len() != map.len() {
+            return Err(header(format!(
+                "its header tells of {} bytes, the file has {}",
+                start + metadata.data_len(),
+                map.len()
+            )));
+        }
+        Ok(Self { path: path.into(), map, start, metadata })
+    }
+}
+
+impl TensorRef<'_> {
+    /// The values as f32, exactly: each of the three types fits in it.
+    pub fn to_f32(&self) -> Result<Vec<f32>, Error> {
+        self.float()?;
+        Ok(match self.dtype {
+            Dtype::F32 => self
+                .data
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                .collect(),
+            Dtype::BF16 => self
+                .data
+                .chunks_exact(2)
+                .map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32())
+                .collect(),
+            _ => self
+                .data
+                .chunks_exact(2)
+                .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
+                .collect(),
+        })
+    }
+
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn float(&self) -> Result<(), Error> {
+        match self.dtype {
+            Dtype::F32 | Dtype::F16 | Dtype::BF16 => Ok(()),
+            other => Err(Error::Dtype {
+                path: self.path.into(),
+                name: self.name.clone(),
+                dtype: format!("{other:?}"),
+            }),
+        }
+    }
+}
+
+/// A tensor to be written.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+}
+
+impl Spec {
+    pub fn new(name: impl Into<String>, dtype: Dtype, shape: &[usize]) -> Self {
+        Self { name: name.into(), dtype, shape: shape.to_vec() }
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}
+
+/// A safetensors file that grows tensor by tensor, in constant memory.
+///
+/// The order is the format's own habit: larger types first, then by name. It depends on the specs
+/// alone, so the bytes do too.
+#[derive(Debug)]
+pub struct Writer {
+    path: PathBuf,
+    file: BufWriter<File>,
+    specs: Vec<Spec>,
+    next: usize,
+}
+
+impl Writer {
+    /// Writes the header. `specs` may come in any order; write in that of [`Writer::order`].
+    pub fn create(path: &Path, mut specs: Vec<Spec>) -> Result<Self, Error> {
+        specs.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
+        let mut header = serde_json::Map::new();
+        header.insert("__metadata__".into(), json!({"format": "pt"}));
+        let mut offset = 0;
+        for spec in &specs {
+            let info = TensorInfo {
+                dtype: spec.dtype,
+                shape: spec.shape.clone(),
+                data_offsets: (offset, offset + spec.size()),
+            };
+            offset += spec.size();
+            let info = serde_json::to_value(info)
+                .map_err(|e| Error::Header { path: path.into(), message: e.to_string() })?;
+            header.insert(spec.name.clone(), info);
+        }
+        let mut text = step::canonical::to_vec(&Value::Object(header));
+        // Data begins at a multiple of eight.
+        text.resize(text.len().next_multiple_of(8), b' ');
+        let file = File::create(path).map_err(|e| Error::io(path, e))?;
+        let mut file = BufWriter::with_capacity(1 << 20, file);
+        file.write_all(&(text.len() as u64).to_le_bytes())
+            .and_then(|()| file.write_all(&text))
+            .map_err(|e| Error::io(path, e))?;
+        Ok(Self { path: path.into(), file, specs, next: 0 })
+    }
+
+    /// The tensors in the order in which they are to be written.
+    pub fn order(&self) -> Vec<Spec> {
+        self.specs.clone()
+    }
+
+    /// Writes the next tensor: all its bytes, row-major, little-endian.
+    pub fn write(&mut self, name: &str, data: &[u8]) -> Result<(), Error> {
+        let wrong = |message: String| Error::Header { path: self.path.clone(), message };
+        match self.specs.get(self.next) {
+            Some(spec) if spec.name == name && spec.size() == data.len() => {
+                self.next += 1;
+                self.file.write_all(data).map_err(|e| Error::io(&self.path, e))
+            }
+            Some(spec) => Err(wrong(format!(
+                "expected {} bytes of `{}`, got {} of `{name}`",
+                spec.size(),
+                spec.name,
+                data.len()
+            ))),
+            None => Err(wrong(format!("`{name}` comes after the last tensor"))),
+        }
+    }
+
+    /// Ends the file; an error if a tensor is missing.
+    pub fn finish(mut self) -> Result<(), Error> {
+        if let Some(spec) = self.specs.get(self.next) {
+            let message = format!("`{}` was never written", spec.name);
+            return Err(Error::Header { path: self.path, message });
+        }
+        self.file.flush().map_err(|e| Error::io(&self.path, e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(dir: &Path) -> PathBuf {
+        let path = dir.join("model.safetensors");
+        let specs = vec![Spec::new("b", Dtype::BF16, &[2]), Spec::new("a", Dtype::F32, &[1, 2])];
+        let mut writer = Writer::create(&path, specs).unwrap();
+        for spec in writer.order() {
+            let one: Vec<u8> = match spec.dtype {
+                Dtype::F32 => [1.5f32, -2.0].iter().flat_map(|x| x.to_le_bytes()).collect(),
+                _ => [0.5f32, 3.0].iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+            };
+            writer.write(&spec.name, &one).unwrap();
+        }
+        writer.finish().unwrap();
+        path
+    }
+
+    #[test]
+    fn what_is_written_reads_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write(dir.path());
+        let weights = Weights::open(dir.path()).unwrap();
+        assert_eq!(weights.names().collect::<Vec<_>>(), ["a", "b"]);
+        assert_eq!(weights.get("a").unwrap().to_f32().unwrap(), [1.5, -2.0]);
+        assert_eq!(weights.get("b").unwrap().to_f32().unwrap(), [0.5, 3.0]);
+        // The library's own reader agrees.
+        let bytes = std::fs::read(path).unwrap();
+        let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(theirs.tensor("a").unwrap().shape(), [1, 2]);
+    }
+
+    #[test]
+    fn hostile_files_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write(dir.path());
+        let good = std::fs::read(&path).unwrap();
+        let header = |text: &str| {
+            let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+            bytes.extend(text.as_bytes());
+            bytes.extend([0; 16]);
+            bytes
+        };
+        let cases: Vec<(&str, Vec<u8>)> = vec![
+            ("empty", Vec::new()),
+            ("truncated", good[..good.len() - 1].to_vec()),
+            ("longer than its header says", [good.clone(), vec![0]].concat()),
+            ("a header beyond the file", u64::MAX.to_le_bytes().to_vec()),
+            ("no JSON", header("{not json")),
+            (
+                "overlapping",
+                header(
+                    r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#,
+                ),
+            ),
+            (
+                "size against shape",
+                header(r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,16]}}"#),
+            ),
+        ];
+        for (what, bytes) in cases {
+            std::fs::write(&path, bytes).unwrap();
+            let error = Weights::open(dir.path()).expect_err(what).to_string();
+            assert!(error.contains("model.safetensors"), "{what}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_missing_shard_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = r#"{"weight_map":{"a":"model-00001-of-00001.safetensors"}}"#;
+        std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+        let error = Weights::open(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("model-00001-of-00001.safetensors"), "{error}");
+    }
+
+    #[test]
+    fn tensors_come_whole_and_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        let spec = || vec![Spec::new("a", Dtype::F32, &[1])];
+        assert!(Writer::create(&path, spec()).unwrap().write("a", &[0; 3]).is_err());
+        assert!(Writer::create(&path, spec()).unwrap().write("b", &[0; 4]).is_err());
+        assert!(Writer::create(&path, spec()).unwrap().finish().is_err());
+    }
+}
