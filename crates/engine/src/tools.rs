@@ -164,14 +164,7 @@ static TOOLS: [Tool; 5] = [
         }),
         own: own_libclang,
         bring: "install LLVM, or set LIBCLANG_PATH to the folder of libclang",
-        paths: |dir| {
-            // The wheel has no headers of its own (stddef.h …): gcc's serve.
-            let mut args = std::env::var("BINDGEN_EXTRA_CLANG_ARGS").unwrap_or_default();
-            if let Some(include) = gcc_include() {
-                args = format!("{args} -I{}", include.display()).trim_start().to_string();
-            }
-            with_env(dir, [("LIBCLANG_PATH", text(dir)), ("BINDGEN_EXTRA_CLANG_ARGS", args)])
-        },
+        paths: libclang_at,
         proof: "libclang.so",
     },
     Tool {
@@ -180,7 +173,7 @@ static TOOLS: [Tool; 5] = [
         own: || None,
         bring: "",
         paths: |dir| with_env(dir, []),
-        proof: "node_modules/@huggingface/transformers/package.json",
+        proof: "transformers.min.js",
     },
 ];
 
@@ -263,8 +256,14 @@ impl Tool {
         Ok((version, hash[..16].to_string()))
     }
 
+    /// The tool's folder. What is kept of the packages names it too, but is not in the key.
     fn place(&self, root: &Path, dir: &Path) -> Result<PathBuf, Failure> {
         let (version, hash) = self.pinned(root)?;
+        let layout = match &self.source {
+            Source::Pip(wheels) => format!("{hash} {:?} {:?}", wheels.keep, wheels.write),
+            Source::Npm => format!("{hash} {:?}", npm::KEEP),
+        };
+        let hash = BlobDigest::of(layout.as_bytes()).to_string();
         Ok(dir.join(format!("{}-{version}-{}", self.name, &hash[..8])))
     }
 
@@ -303,10 +302,23 @@ fn libtorch_at(root: &Path) -> ToolPaths {
     with_env(root, [("LIBTORCH", text(root))])
 }
 
+/// A libclang without the clang program has no headers of its own (stddef.h …): gcc's serve.
+fn libclang_at(root: &Path) -> ToolPaths {
+    let mut paths = with_env(root, [("LIBCLANG_PATH", text(root))]);
+    if on_path("clang").is_none()
+        && let Some(include) = gcc_include()
+    {
+        let args = std::env::var("BINDGEN_EXTRA_CLANG_ARGS").unwrap_or_default();
+        let args = format!("{args} -I{}", include.display()).trim_start().to_string();
+        paths.env.insert("BINDGEN_EXTRA_CLANG_ARGS".into(), args);
+    }
+    paths
+}
+
 fn own_libclang() -> Option<Own> {
     if let Some(given) = variable("LIBCLANG_PATH") {
         let origin = format!("LIBCLANG_PATH={}", given.display());
-        return Some(Own { paths: with_env(&given, []), main: given, origin });
+        return Some(Own { paths: libclang_at(&given), main: given, origin });
     }
     // Where distributions put LLVM, as clang-sys looks for it.
     let mut folders: Vec<PathBuf> =
@@ -321,7 +333,8 @@ fn own_libclang() -> Option<Own> {
     );
     let is_libclang = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        name.starts_with("libclang.so") || name.starts_with("libclang-")
+        let is_other = name.starts_with("libclang-cpp");
+        !is_other && (name.starts_with("libclang.so") || name.starts_with("libclang-"))
     };
     folders.sort();
     let found = folders.iter().rev().find_map(|folder| {
@@ -330,7 +343,7 @@ fn own_libclang() -> Option<Own> {
     })?;
     let root = found.parent().unwrap_or(&found).to_path_buf();
     let origin = text(&found);
-    Some(Own { paths: with_env(&root, [("LIBCLANG_PATH", text(&root))]), main: found, origin })
+    Some(Own { paths: libclang_at(&root), main: found, origin })
 }
 
 /// Tells two builds of a library apart without reading half a gigabyte at every plan: its size,

