@@ -1,0 +1,245 @@
+//! A dataset's rows as the trainer takes them, and rows as a batch of tensors.
+//!
+//! Knows nothing of what a model does with them.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+use step::Failure;
+use step::worker::{Input, Job};
+use tch::{Device, Kind, Tensor};
+
+use crate::llama::{Batch, Packed};
+
+/// The splits that training reads.
+pub struct Dataset {
+    pub train: Rows,
+    pub validation: Option<Rows>,
+}
+
+impl Dataset {
+    /// Opens the job's `dataset`, made with the tokenizer of the artifact `tokenizer`, for a model
+    /// of these sizes.
+    pub fn open(job: &Job, tokenizer: &Input, vocab: usize, max_positions: usize) -> Result<Self> {
+        let input = job.input("dataset")?;
+        same_tokenizer(input, tokenizer)?;
+        let open = |split: &str| -> Result<Option<Rows>> {
+            let path = input.path.join(format!("{split}.safetensors"));
+            if !path.exists() {
+                return Ok(None);
+            }
+            let place = format!("split `{split}` of {}", input.origin);
+            let rows = Rows::read(&path, place)?;
+            rows.check(vocab, max_positions)?;
+            Ok(Some(rows))
+        };
+        let train = open("train")?.ok_or_else(|| {
+            Failure::input(format!("{} has no rows to train on", input.origin))
+                .hint("give its `split` a share for `train`")
+        })?;
+        Ok(Self { train, validation: open("validation")? })
+    }
+}
+
+/// Fails if `dataset` was tokenised by another tokenizer than the one in `tokenizer`.
+fn same_tokenizer(dataset: &Input, tokenizer: &Input) -> Result<()> {
+    #[derive(Deserialize)]
+    struct About {
+        tokenizer: String,
+    }
+    let path = dataset.path.join("dataset.json");
+    let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let about: About = serde_json::from_slice(&text)
+        .map_err(|e| Failure::bug(format!("{} does not parse: {e}", path.display())))?;
+    let path = tokenizer.path.join("tokenizer.json");
+    let own = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    if about.tokenizer == blake3::hash(&own).to_hex().as_str() {
+        return Ok(());
+    }
+    Err(Failure::input(format!(
+        "{} was tokenised with another tokenizer.json than that of {}",
+        dataset.origin, tokenizer.origin
+    ))
+    .hint("name the same target as the dataset's `tokenizer`, so that token ids mean the same")
+    .into())
+}
+
+/// Tokenised rows.
+///
+/// Invariant: offsets ascend from 0 to the number of tokens, and `supervised` has one mark a token.
+/// Hence private.
+pub struct Rows {
+    /// For messages: which split of which artifact.
+    place: String,
+    ids: Vec<i32>,
+    supervised: Vec<u8>,
+    offsets: Vec<usize>,
+}
+
+/// A row: its token ids, and which of them are targets of the loss.
+#[derive(Clone, Copy)]
+pub struct Row<'a> {
+    pub ids: &'a [i32],
+    pub supervised: &'a [u8],
+}
+
+impl Rows {
+    fn read(path: &Path, place: String) -> Result<Self> {
+        let bytes =
+            std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let bad =
+            |what: &str| Failure::bug(format!("{} is no tokenised split: {what}", path.display()));
+        let file = SafeTensors::deserialize(&bytes).map_err(|e| bad(&e.to_string()))?;
+        let column = |name: &str, dtype| {
+            let tensor = file.tensor(name).map_err(|e| bad(&e.to_string()))?;
+            if tensor.dtype() != dtype {
+                return Err(bad(&format!("`{name}` has dtype {:?}", tensor.dtype())));
+            }
+            Ok(tensor.data().to_vec())
+        };
+        let ids = column("input_ids", Dtype::I32)?;
+        let ids = ids.as_chunks().0.iter().map(|b| i32::from_le_bytes(*b)).collect();
+        let offsets = column("offsets", Dtype::I64)?;
+        let offsets = offsets.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b));
+        let offsets = offsets.map(usize::try_from).collect::<Result<_, _>>();
+        let offsets = offsets.map_err(|_| bad("an offset is negative"))?;
+        Self::new(place, ids, column("supervised", Dtype::U8)?, offsets)
+            .ok_or_else(|| bad("its offsets do not fit its tokens").into())
+    }
+
+    /// None if the columns do not fit one another.
+    pub fn new(
+        place: String,
+        ids: Vec<i32>,
+        supervised: Vec<u8>,
+        offsets: Vec<usize>,
+    ) -> Option<Self> {
+        let fit = offsets.first() == Some(&0)
+            && offsets.last() == Some(&ids.len())
+            && offsets.is_sorted()
+            && supervised.len() == ids.len();
+        fit.then_some(Self { place, ids, supervised, offsets })
+    }
+
+    /// Every id in the vocabulary, every row something to predict and short enough.
+    fn check(&self, vocab: usize, max_positions: usize) -> Result<(), Failure> {
+        for i in 0..self.len() {
+            let row = self.row(i);
+            let place = || format!("row {} of {}", i + 1, self.place);
+            if let Some(id) = row
+                .ids
+                .iter()
+                .find(|id| usize::try_from(**id).is_ok_and(|id| id >= vocab) || **id < 0)
+            {
+                return Err(Failure::bug(format!(
+                    "{} has token {id}, the model knows {vocab}",
+                    place()
+                )));
+            }
+            if row.positions() > max_positions {
+                return Err(Failure::input(format!(
+                    "{} has {} tokens, the model takes {max_positions}",
+                    place(),
+                    row.ids.len()
+                ))
+                .hint(format!("set the dataset's `max_len` to {max_positions} or less")));
+            }
+            if row.positions() == 0 {
+                return Err(Failure::input(format!("{} has nothing to predict", place())));
+            }
+        }
+        Ok(())
+    }
+
+    /// For messages: `split `train` of recipes/demo.toml`.
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    pub fn len(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    pub fn row(&self, i: usize) -> Row<'_> {
+        let range = self.offsets[i]..self.offsets[i + 1];
+        Row { ids: &self.ids[range.clone()], supervised: &self.supervised[range] }
+    }
+
+    /// Positions of each row, as [`crate::plan::Plan`] counts them.
+    pub fn lengths(&self) -> Vec<usize> {
+        (0..self.len()).map(|i| self.row(i).positions()).collect()
+    }
+
+    /// What the targets of `rows` count together.
+    pub fn weight(&self, rows: &[u32], prompt_weight: f64) -> f64 {
+        let targets = rows.iter().flat_map(|row| &self.row(*row as usize).supervised[1..]);
+        targets.map(|mark| weight_of(*mark, prompt_weight)).sum()
+    }
+
+    /// Tokens of `rows`, padding not counted.
+    pub fn tokens(&self, rows: &[u32]) -> usize {
+        rows.iter().map(|row| self.row(*row as usize).ids.len()).sum()
+    }
+
+    /// The batch that `rows` make: one sequence when `packed`, else padded to the longest.
+    ///
+    /// Padding comes after a row's tokens, so no position that counts attends to it.
+    pub fn batch(&self, rows: &[u32], packed: bool, prompt_weight: f64, device: Device) -> Batch {
+        let rows: Vec<Row> = rows.iter().map(|row| self.row(*row as usize)).collect();
+        let length = match packed {
+            true => rows.iter().map(Row::positions).sum(),
+            false => rows.iter().map(Row::positions).max().unwrap_or(0),
+        };
+        let height = if packed { 1 } else { rows.len() };
+        let mut ids = vec![0_i64; height * length];
+        let (mut predicting, mut targets, mut weights) = (Vec::new(), Vec::new(), Vec::new());
+        let mut start = 0;
+        for row in &rows {
+            for position in 0..row.positions() {
+                ids[start + position] = i64::from(row.ids[position]);
+                let weight = weight_of(row.supervised[position + 1], prompt_weight);
+                if weight > 0.0 {
+                    predicting.push((start + position) as i64);
+                    targets.push(i64::from(row.ids[position + 1]));
+                    weights.push(weight as f32);
+                }
+            }
+            start += if packed { row.positions() } else { length };
+        }
+        Batch {
+            ids: Tensor::from_slice(&ids).view([height as i64, length as i64]).to_device(device),
+            packed: packed.then(|| blocks(&rows, device)),
+            predicting: Tensor::from_slice(&predicting).to_device(device),
+            targets: Tensor::from_slice(&targets).to_device(device),
+            weights: Tensor::from_slice(&weights).to_device(device),
+        }
+    }
+}
+
+impl Row<'_> {
+    /// Tokens that predict another one: all but the last.
+    fn positions(&self) -> usize {
+        self.ids.len().saturating_sub(1)
+    }
+}
+
+fn weight_of(mark: u8, prompt_weight: f64) -> f64 {
+    if mark == 1 { 1.0 } else { prompt_weight }
+}
+
+/// Each row sees itself alone, and counts its positions from 0.
+fn blocks(rows: &[Row], device: Device) -> Packed {
+    let positions: Vec<i64> = rows.iter().flat_map(|row| 0..row.positions() as i64).collect();
+    let owner = rows.iter().enumerate();
+    let owner: Vec<i64> =
+        owner.flat_map(|(i, row)| std::iter::repeat_n(i as i64, row.positions())).collect();
+    let owner = Tensor::from_slice(&owner).to_device(device);
+    let same = owner.unsqueeze(1).eq_tensor(&owner.unsqueeze(0));
+    let length = positions.len() as i64;
+    Packed {
+        positions: Tensor::from_slice(&positions).to_device(device),
+        mask: same.tril(0).view([1, 1, length, length]).to_kind(Kind::Bool),
+    }
+}

@@ -1,0 +1,175 @@
+//! `train/lora`: adapters on a frozen base, as a PEFT folder.
+//!
+//! Knows nothing of how training goes: that is fit.rs.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use checkpoint::config::Config;
+use checkpoint::weights::{Dtype, Weights};
+use serde_json::{Value, json};
+use step::Failure;
+use step::worker::{Input, Job};
+use tch::{Device, Kind, Tensor};
+use train::Lora;
+
+use crate::data::Dataset;
+use crate::device::{self, Place};
+use crate::fit::{Outcome, fit};
+use crate::llama::{self, Llama};
+use crate::optimiser::Trainable;
+use crate::tensor;
+
+pub fn run(job: &Job) -> Result<()> {
+    let params: Lora = job.params()?;
+    let training = params.training();
+    let base = job.input("base")?;
+    let config = Config::read(&base.path).map_err(Failure::from)?;
+    let data = Dataset::open(job, base, config.vocab_size, config.max_positions)?;
+    let place = device::prepare(job, &training)?;
+
+    let mut model = frozen(base, config, place)?;
+    attach(&mut model, &params, place.device)?;
+    let adapter = adapter(&mut model);
+    let trainables = adapter.iter().map(|(name, tensor)| Trainable {
+        name: name.clone(),
+        tensor: tensor.shallow_clone(),
+        decays: true,
+    });
+    let outcome = fit(job, &training, &model, trainables.collect(), &data, place.device)?;
+    job.metric("trained_parameters", adapter.values().map(|t| t.numel() as f64).sum());
+
+    let base = base_name(&base.path);
+    tensor::write(&job.out().join("adapter_model.safetensors"), Dtype::F32, &adapter)?;
+    let config = serde_json::to_string_pretty(&peft_config(&params, base.as_deref()))? + "\n";
+    for (name, text) in [
+        ("adapter_config.json", config),
+        ("README.md", card(&params, base.as_deref(), &data, outcome)),
+    ] {
+        let path = job.out().join(name);
+        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// The base as it is, in the compute kind.
+fn frozen(base: &Input, config: Config, place: Place) -> Result<Llama> {
+    let weights = Weights::open(&base.path).map_err(Failure::from)?;
+    weights.check(&config).map_err(Failure::from)?;
+    Llama::new(config, place.compute, |name, _| {
+        let weight = weights.get(name).map_err(Failure::from)?;
+        let weight = tensor::from_bytes(weight.dtype, &weight.shape, weight.data)?;
+        Ok(weight.to_device(place.device).to_kind(place.compute))
+    })
+}
+
+/// Gives every target an adapter that does nothing yet: A random, B zero, as PEFT begins.
+pub fn attach(model: &mut Llama, params: &Lora, device: Device) -> Result<()> {
+    let targets = params.targets();
+    if model.config.tied && targets.contains(&"lm_head") {
+        return Err(Failure::input(
+            "`lm_head` cannot be a target: the model's head is its embedding",
+        )
+        .hint("leave `lm_head` out of `target_modules`")
+        .into());
+    }
+    let rank = params.rank as i64;
+    tch::manual_seed(params.seed as i64);
+    for linear in model.linears_mut().filter(|linear| targets.contains(&linear.module())) {
+        let (out, width) = linear.weight.size2()?;
+        // Kaiming's uniform with a = √5 comes to this bound.
+        let bound = 1.0 / (width as f64).sqrt();
+        let a = Tensor::f_empty([rank, width], (Kind::Float, Device::Cpu))?
+            .f_uniform_(-bound, bound)?
+            .to_device(device);
+        let b = Tensor::f_zeros([out, rank], (Kind::Float, device))?;
+        linear.lora = Some(llama::Lora {
+            a: a.set_requires_grad(true),
+            b: b.set_requires_grad(true),
+            scale: params.alpha / params.rank as f64,
+            dropout: params.dropout,
+        });
+    }
+    Ok(())
+}
+
+/// The adapter's tensors by their names in a PEFT folder.
+fn adapter(model: &mut Llama) -> BTreeMap<String, Tensor> {
+    let mut all = BTreeMap::new();
+    for linear in model.linears_mut() {
+        if let Some(lora) = &linear.lora {
+            let module = linear.name.trim_end_matches(".weight");
+            for (part, tensor) in [("lora_A", &lora.a), ("lora_B", &lora.b)] {
+                let name = format!("base_model.model.{module}.{part}.weight");
+                all.insert(name, tensor.shallow_clone());
+            }
+        }
+    }
+    all
+}
+
+/// adapter_config.json. PEFT writes `target_modules` in the order of a set: ours are sorted.
+fn peft_config(params: &Lora, base: Option<&str>) -> Value {
+    json!({
+        "alpha_pattern": {},
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "lora_alpha": whole(params.alpha),
+        "lora_dropout": params.dropout,
+        "modules_to_save": null,
+        "peft_type": "LORA",
+        "peft_version": "0.21.0",
+        "r": params.rank,
+        "rank_pattern": {},
+        "revision": null,
+        "target_modules": params.targets(),
+        "task_type": "CAUSAL_LM",
+        "use_dora": false,
+        "use_rslora": false,
+    })
+}
+
+/// What the base calls itself, where it says: a repository on the hub, not a path.
+fn base_name(base: &Path) -> Option<String> {
+    let config: Value =
+        serde_json::from_slice(&std::fs::read(base.join("config.json")).ok()?).ok()?;
+    let name = config["_name_or_path"].as_str()?;
+    (!name.is_empty() && !name.starts_with(['.', '/'])).then(|| name.to_string())
+}
+
+/// The model card: how the adapter came to be, in nothing that changes from run to run.
+fn card(params: &Lora, base: Option<&str>, data: &Dataset, outcome: Outcome) -> String {
+    let mut out = String::from("---\n");
+    if let Some(base) = base {
+        _ = write!(out, "base_model: {base}\nbase_model_relation: adapter\n");
+    }
+    out.push_str("library_name: peft\npipeline_tag: text-generation\ntags:\n- lora\n---\n\n");
+    out.push_str("# LoRA adapter\n\nTrained by Anneal with `train/lora`.\n\n| | |\n|---|---|\n");
+    let held = outcome.validation_loss.map(|loss| format!("{loss:.4}"));
+    for (name, value) in [
+        ("rank, alpha", format!("{}, {}", params.rank, params.alpha)),
+        ("dropout", params.dropout.to_string()),
+        ("target modules", params.targets().join(", ")),
+        ("learning rate", params.learning_rate.to_string()),
+        ("epochs", params.epochs.to_string()),
+        ("optimiser steps", outcome.steps.to_string()),
+        ("rows", data.train.len().to_string()),
+        ("tokens seen", outcome.tokens.to_string()),
+        ("training loss", format!("{:.4}", outcome.loss)),
+        ("validation loss", held.unwrap_or_else(|| "not measured".into())),
+        ("seed", params.seed.to_string()),
+    ] {
+        _ = writeln!(out, "| {name} | {value} |");
+    }
+    out
+}
+
+/// PEFT writes an alpha of 32 as `32`.
+fn whole(x: f64) -> Value {
+    if x.fract() == 0.0 && x.abs() < 1e9 { json!(x as i64) } else { json!(x) }
+}

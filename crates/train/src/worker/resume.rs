@@ -1,0 +1,83 @@
+//! Checkpoints of a run: all it takes to go on as if nothing had happened.
+//!
+//! Random numbers need no place here: each step seeds its own. Knows nothing of models.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use tch::Tensor;
+
+use crate::optimiser::Optimiser;
+use crate::tensor::{bytes, from_bytes, shape};
+
+/// The checkpoint of one run, in its scratch folder. A new one replaces the last in one move.
+pub struct Checkpoint {
+    path: PathBuf,
+    /// The digest of what the run is: its plan. Another run's checkpoint is no use.
+    run: String,
+}
+
+impl Checkpoint {
+    pub fn of(scratch: &Path, run: String) -> Self {
+        Self { path: scratch.join("checkpoint.safetensors"), run }
+    }
+
+    /// Keeps the state after `step` optimiser steps.
+    pub fn save(&self, step: usize, optimiser: &Optimiser) -> Result<()> {
+        let tensors = tensors(optimiser).map(|(name, tensor)| (name, bytes(tensor), shape(tensor)));
+        let tensors: Vec<(String, Vec<u8>, Vec<usize>)> = tensors.collect();
+        let views = tensors.iter().map(|(name, data, shape)| {
+            TensorView::new(Dtype::F32, shape.clone(), data).map(|view| (name, view))
+        });
+        let about = HashMap::from([
+            ("step".to_string(), step.to_string()),
+            ("run".to_string(), self.run.clone()),
+        ]);
+        let new = self.path.with_extension("new");
+        safetensors::serialize_to_file(views.collect::<Result<Vec<_>, _>>()?, Some(about), &new)
+            .with_context(|| format!("cannot write {}", new.display()))?;
+        File::open(&new)
+            .and_then(|file| file.sync_all())
+            .and_then(|()| fs::rename(&new, &self.path))
+            .with_context(|| format!("cannot write {}", self.path.display()))
+    }
+
+    /// Puts the last checkpoint's state into `optimiser`. Returns the steps that are done: none if
+    /// there is no checkpoint of this run.
+    pub fn load(&self, optimiser: &mut Optimiser) -> Result<Option<usize>> {
+        let context = || format!("cannot read {}", self.path.display());
+        if !self.path.exists() {
+            return Ok(None);
+        }
+        let file = fs::read(&self.path).with_context(context)?;
+        let Ok((_, header)) = SafeTensors::read_metadata(&file) else { return Ok(None) };
+        let about = header.metadata().clone().unwrap_or_default();
+        let step = about.get("step").and_then(|step| step.parse().ok());
+        let (Some(step), Some(run)) = (step, about.get("run")) else { return Ok(None) };
+        if *run != self.run {
+            return Ok(None);
+        }
+        let file = SafeTensors::deserialize(&file).with_context(context)?;
+        for (name, tensor) in tensors(optimiser) {
+            let saved = file.tensor(&name).with_context(context)?;
+            let saved = from_bytes(saved.dtype(), saved.shape(), saved.data())?;
+            tch::no_grad(|| tensor.shallow_clone().f_copy_(&saved)).with_context(context)?;
+        }
+        optimiser.set_steps(step);
+        Ok(Some(step))
+    }
+}
+
+/// What a checkpoint holds: every parameter and its two moments.
+fn tensors(optimiser: &Optimiser) -> impl Iterator<Item = (String, &Tensor)> {
+    let parts =
+        [("param", &optimiser.params), ("first", &optimiser.first), ("second", &optimiser.second)];
+    parts.into_iter().flat_map(|(part, tensors)| {
+        let names = optimiser.names.iter().map(move |name| format!("{part}/{name}"));
+        names.zip(tensors)
+    })
+}
