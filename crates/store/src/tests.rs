@@ -146,7 +146,8 @@ fn a_name_that_no_disk_can_hold_is_an_error_that_names_it() {
     let path = "n".repeat(300);
     let tree = Tree::new(vec![step::Entry { path: path.clone(), digest, size: 1 }]).unwrap();
     let out = sandbox.dir.path().join("out");
-    let error = sandbox.store.materialise(&tree, &out, false).unwrap_err();
+    let again = sandbox.dir.path().join("again");
+    let error = sandbox.store.materialise(&tree, &again, false).unwrap_err();
     assert!(error.to_string().contains(&path), "{error}");
 }
 
@@ -206,7 +207,8 @@ fn corruption_is_found_named_and_healed() {
     let failure = Failure::from(error);
     assert!(failure.message.contains("model.safetensors") && failure.hint.is_some());
 
-    let error = sandbox.store.materialise(&tree, &out, false).unwrap_err();
+    let again = sandbox.dir.path().join("again");
+    let error = sandbox.store.materialise(&tree, &again, false).unwrap_err();
     assert!(
         matches!(&error, StoreError::Missing { path, .. } if path.ends_with("model.safetensors"))
     );
