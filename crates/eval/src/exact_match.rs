@@ -109,7 +109,10 @@ mod tests {
             (json!({"max_rows": 0}), "max_rows"),
             (json!({"max_new_tokens": 0}), "max_new_tokens"),
             (json!({"metric": "Exact Match"}), "metric"),
-            (json!({"metric": "right", "require": {"a": {"exact_match": "> 0"}}}), "require.a.exact_match"),
+            (
+                json!({"metric": "right", "require": {"a": {"exact_match": "> 0"}}}),
+                "require.a.exact_match",
+            ),
             (json!({"require": {"a": {"exact_match": "90 %"}}}), "require.a.exact_match"),
         ] {
             assert_eq!(resolve(params.clone()).unwrap_err().path, path, "{params}");

@@ -11,10 +11,7 @@ use step::{Family, Kind, Known, StepDef, Unsupported};
 
 pub static FAMILY: Family = Family {
     name: "eval",
-    steps: &[
-        StepDef::of::<perplexity::Perplexity>(),
-        StepDef::of::<exact_match::ExactMatch>(),
-    ],
+    steps: &[StepDef::of::<perplexity::Perplexity>(), StepDef::of::<exact_match::ExactMatch>()],
     // The worker links llama.cpp: that is how a GGUF file is judged by what will run it.
     build_tools: &["cmake", "libclang"],
 };

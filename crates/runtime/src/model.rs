@@ -171,9 +171,8 @@ impl Model {
         }
         cache.len = total;
 
-        let (shape, logits) = outputs["logits"]
-            .try_extract_tensor::<f32>()
-            .map_err(|e| failed(&self.path, &e))?;
+        let (shape, logits) =
+            outputs["logits"].try_extract_tensor::<f32>().map_err(|e| failed(&self.path, &e))?;
         // A graph without `num_logits_to_keep` gives them all: the last ones are taken here.
         let given = shape[1] as usize;
         let row = given * self.vocab;
