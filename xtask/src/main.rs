@@ -1,1 +1,31 @@
-fn main() {}
+//! The command line of Anneal: parses, calls the engine, prints. The only room that prints.
+//!
+//! Knows nothing of how a step works: it links the families' light halves only.
+
+mod cli;
+mod commands;
+mod display;
+mod error;
+mod registry;
+mod scaffold;
+mod suite;
+mod tidy;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = match cli::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            // Help and version are no mistakes.
+            return if error.use_stderr() { error::INPUT.into() } else { ExitCode::SUCCESS };
+        }
+    };
+    match commands::run(cli) {
+        Ok(code) => code,
+        Err(error) => error::report(&error),
+    }
+}

@@ -48,8 +48,8 @@ impl Step for Pretrain {
     fn fill(params: Map<String, Value>) -> Result<Map<String, Value>, ParamError> {
         let number = |key| params.get(key).and_then(Value::as_u64);
         let mut defaults = defaults();
-        if let (Some(hidden), Some(heads @ 1..)) = (number("hidden_size"), number("num_heads")) {
-            defaults["head_dim"] = json!(hidden / heads);
+        if let (Some(hidden), Some(heads)) = (number("hidden_size"), number("num_heads")) {
+            defaults["head_dim"] = json!(hidden / heads.max(1)); // validate refuses 0 by name
             defaults["num_kv_heads"] = json!(heads);
         }
         Ok(over(params, defaults))

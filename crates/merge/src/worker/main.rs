@@ -2,6 +2,9 @@
 
 use std::process::ExitCode;
 
+mod adapter;
+mod lora;
+
 fn main() -> ExitCode {
-    step::worker::main(&[])
+    step::worker::main(&[("merge/lora", lora::run)])
 }

@@ -1,0 +1,384 @@
+//! The work of `merge/lora`: W + scale·B·A in f32, rounded once, tensor by tensor over mmap.
+//!
+//! The product is summed over the rank in order with fused multiply-add, as PEFT's is; each element
+//! is computed by one thread, so the bytes do not depend on how many there are.
+
+use std::fmt::Write;
+
+use checkpoint::names;
+use checkpoint::weights::{Dtype, Spec, TensorRef, Weights, Writer};
+use half::{bf16, f16};
+use merge::lora::{self, Lora};
+use rayon::prelude::*;
+use serde_json::{Value, json};
+use step::Failure;
+use step::worker::{Job, Progress};
+
+use crate::adapter::{self, Delta};
+
+pub fn run(job: &Job) -> anyhow::Result<()> {
+    let params: Lora = job.params()?;
+    let base_dir = &job.input("base")?.path;
+    let adapter_dir = &job.input("adapter")?.path;
+    let config = checkpoint::config::Config::read(base_dir).map_err(Failure::from)?;
+    let base = Weights::open(base_dir).map_err(Failure::from)?;
+    base.check(&config).map_err(Failure::from)?;
+    let deltas = adapter::read(adapter_dir)?;
+    if config.tied && deltas.contains_key(names::LM_HEAD) {
+        return Err(Failure::input(
+            "the adapter changes lm_head, which this base shares with its embedding",
+        )
+        .hint("train the adapter without lm_head among its target_modules")
+        .into());
+    }
+    for (name, delta) in &deltas {
+        let weight = base.get(name).map_err(Failure::from)?;
+        let fits = weight.shape == [delta.b.len() / delta.rank, delta.a.len() / delta.rank];
+        if !fits {
+            return Err(Failure::input(format!(
+                "`{name}` is {:?} in the base, the adapter changes {} × {}",
+                weight.shape,
+                delta.b.len() / delta.rank,
+                delta.a.len() / delta.rank
+            ))
+            .hint("was the adapter trained on this base?")
+            .into());
+        }
+    }
+
+    let dtype = match params.dtype {
+        lora::Dtype::BFloat16 => Dtype::BF16,
+        lora::Dtype::Float16 => Dtype::F16,
+        lora::Dtype::Float32 => Dtype::F32,
+    };
+    let expected = names::expected(&config);
+    let specs = expected.iter().map(|(name, shape)| Spec::new(name, dtype, shape)).collect();
+    let path = job.out().join("model.safetensors");
+    let mut writer = Writer::create(&path, specs).map_err(Failure::from)?;
+    let order = writer.order();
+    let mut kept = Kept::default();
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build()?;
+    for (done, spec) in order.iter().enumerate() {
+        let tensor = base.get(&spec.name).map_err(Failure::from)?;
+        let bytes = threads.install(|| match deltas.get(&spec.name) {
+            Some(delta) => merge(&tensor, delta, dtype, &mut kept),
+            None if tensor.dtype == dtype => Ok(tensor.data.to_vec()),
+            None => Ok(encode(&tensor.to_f32()?, dtype)),
+        });
+        writer.write(&spec.name, &bytes.map_err(Failure::from)?).map_err(Failure::from)?;
+        job.progress(Progress {
+            phase: "merge".into(),
+            done: done as u64 + 1,
+            total: order.len() as u64,
+            unit: "tensors".into(),
+            ..Progress::default()
+        });
+    }
+    writer.finish().map_err(Failure::from)?;
+    kept.refuse_what_was_lost()?;
+
+    checkpoint::copy_companions(base_dir, job.out()).map_err(Failure::from)?;
+    write_config(base_dir, job.out(), params.dtype.name())?;
+    job.metric("delta_norm", kept.mean(|row| row.relative));
+    job.metric("delta_kept", kept.mean(|row| row.kept));
+    job.metric("tensors_merged", kept.rows.len() as f64);
+    std::fs::write(job.report().join("report.md"), kept.table(params.dtype.name()))?;
+    Ok(())
+}
+
+/// The merged tensor in its final type; what was kept of the change goes into `kept`.
+fn merge(
+    base: &TensorRef,
+    delta: &Delta,
+    dtype: Dtype,
+    kept: &mut Kept,
+) -> Result<Vec<u8>, checkpoint::Error> {
+    let weight = base.to_f32()?;
+    let columns = delta.a.len() / delta.rank;
+    let rows: Vec<(Vec<u8>, [f64; 3])> = weight
+        .par_chunks(columns)
+        .enumerate()
+        .map(|(o, row)| {
+            let change = product(&delta.b[o * delta.rank..][..delta.rank], &delta.a, columns);
+            let change: Vec<f32> = change.into_iter().map(|x| x * delta.scale).collect();
+            let sum: Vec<f32> = row.iter().zip(&change).map(|(w, d)| w + d).collect();
+            let bytes = encode(&sum, dtype);
+            let rounded = decode(&bytes, dtype);
+            let mut squares = [0.0; 3];
+            for ((w, d), r) in row.iter().zip(&change).zip(rounded) {
+                let (w, d) = (f64::from(*w), f64::from(*d));
+                squares[0] += w * w;
+                squares[1] += d * d;
+                squares[2] += (f64::from(r) - w - d).powi(2);
+            }
+            (bytes, squares)
+        })
+        .collect();
+    let mut bytes = Vec::with_capacity(weight.len() * dtype.bitsize() / 8);
+    // Summed row by row, in order: the same figure however many threads there were.
+    let mut total = [0.0; 3];
+    for (row, squares) in rows {
+        bytes.extend(row);
+        for (t, s) in total.iter_mut().zip(squares) {
+            *t += s;
+        }
+    }
+    kept.push(&base.name, total);
+    Ok(bytes)
+}
+
+/// One row of B times A: `out[j] = Σ_k b[k] · a[k][j]`, k in order, fused.
+fn product(b: &[f32], a: &[f32], columns: usize) -> Vec<f32> {
+    #[cfg(target_arch = "x86_64")]
+    if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
+        // SAFETY: both features were just found.
+        return unsafe { product_fma(b, a, columns) };
+    }
+    product_any(b, a, columns)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn product_fma(b: &[f32], a: &[f32], columns: usize) -> Vec<f32> {
+    product_any(b, a, columns)
+}
+
+/// `mul_add` rounds once on every machine, with an instruction for it or without.
+#[inline(always)]
+fn product_any(b: &[f32], a: &[f32], columns: usize) -> Vec<f32> {
+    let mut out = vec![0.0; columns];
+    for (b, a) in b.iter().zip(a.chunks_exact(columns)) {
+        for (out, a) in out.iter_mut().zip(a) {
+            *out = b.mul_add(*a, *out);
+        }
+    }
+    out
+}
+
+/// Rounds to nearest, ties to even.
+fn encode(values: &[f32], dtype: Dtype) -> Vec<u8> {
+    match dtype {
+        Dtype::BF16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+        Dtype::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+    }
+}
+
+fn decode(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
+    let two = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+    match dtype {
+        Dtype::BF16 => two.map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
+        Dtype::F16 => two.map(|b| f16::from_le_bytes(b).to_f32()).collect(),
+        _ => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+    }
+}
+
+/// What became of each change.
+#[derive(Default)]
+struct Kept {
+    rows: Vec<Row>,
+}
+
+struct Row {
+    name: String,
+    /// ‖Δ‖/‖W‖.
+    relative: f64,
+    /// 1 − ‖(W′ − W) − Δ‖/‖Δ‖: the share of the change that rounding left whole.
+    kept: f64,
+    /// Whether Δ is zero throughout: B has not moved from its start.
+    zero: bool,
+}
+
+impl Kept {
+    fn push(&mut self, name: &str, [w, d, lost]: [f64; 3]) {
+        let zero = d == 0.0;
+        let kept = if zero { 1.0 } else { 1.0 - (lost / d).sqrt() };
+        let relative = if w > 0.0 { (d / w).sqrt() } else { f64::INFINITY };
+        self.rows.push(Row { name: name.into(), relative, kept, zero });
+        self.rows.sort_by(|a, b| a.name.cmp(&b.name));
+    }
+
+    fn mean(&self, of: impl Fn(&Row) -> f64) -> f64 {
+        self.rows.iter().map(of).sum::<f64>() / self.rows.len() as f64
+    }
+
+    /// A merge that changes nothing is never what was meant.
+    fn refuse_what_was_lost(&self) -> Result<(), Failure> {
+        if self.rows.iter().all(|row| row.zero) {
+            return Err(Failure::input(
+                "the adapter was never trained: all of its B matrices are zero",
+            )
+            .hint("look at the training step's loss curve"));
+        }
+        match self.rows.iter().find(|row| row.kept <= 0.0) {
+            Some(row) => Err(Failure::input(format!(
+                "`{}`: the adapter's change is too small to survive rounding (‖Δ‖/‖W‖ = {:.1e})",
+                row.name, row.relative
+            ))
+            .hint("merge with dtype = \"float32\"")),
+            None => Ok(()),
+        }
+    }
+
+    fn table(&self, dtype: &str) -> String {
+        let mut text = format!(
+            "# Merge\n\n{} tensors changed; {:.1} % of the change survives rounding to {dtype}.\n\n\
+             | tensor | ‖Δ‖/‖W‖ | kept |\n|---|---|---|\n",
+            self.rows.len(),
+            self.mean(|row| row.kept) * 100.0
+        );
+        for row in &self.rows {
+            let _ = writeln!(
+                text,
+                "| {} | {:.4} | {:.1} % |",
+                row.name,
+                row.relative,
+                row.kept * 100.0
+            );
+        }
+        text
+    }
+}
+
+/// The base's config, with the type of the merged weights.
+fn write_config(from: &std::path::Path, to: &std::path::Path, dtype: &str) -> anyhow::Result<()> {
+    let mut config: Value = serde_json::from_slice(&std::fs::read(from.join("config.json"))?)?;
+    for key in ["dtype", "torch_dtype"] {
+        config[key] = json!(dtype);
+    }
+    let mut text = serde_json::to_vec_pretty(&config)?;
+    text.push(b'\n');
+    Ok(std::fs::write(to.join("config.json"), text)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+    use std::path::Path;
+    use step::Kind;
+    use step::worker::{Input, Mode, Request};
+
+    const CONFIG: &str = r#"{"model_type":"llama","hidden_size":8,"num_hidden_layers":1,
+        "num_attention_heads":2,"num_key_value_heads":1,"intermediate_size":12,"vocab_size":10,
+        "tie_word_embeddings":true,"dtype":"bfloat16"}"#;
+
+    /// Numbers that look random and are the same each time.
+    fn noise(n: usize, seed: u32) -> Vec<f32> {
+        let mut x = seed.wrapping_mul(747_796_405).wrapping_add(1);
+        let mut next = || {
+            x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (x >> 8) as f32 / (1 << 24) as f32 - 0.5
+        };
+        (0..n).map(|_| next()).collect()
+    }
+
+    fn base(dir: &Path) {
+        std::fs::create_dir_all(dir).unwrap();
+        std::fs::write(dir.join("config.json"), CONFIG).unwrap();
+        let config = checkpoint::config::Config::read(dir).unwrap();
+        let specs = names::expected(&config);
+        let specs = specs.iter().map(|(n, s)| Spec::new(n, Dtype::BF16, s)).collect();
+        let mut writer = Writer::create(&dir.join("model.safetensors"), specs).unwrap();
+        for (i, spec) in writer.order().iter().enumerate() {
+            let values = noise(spec.shape.iter().product(), i as u32);
+            writer.write(&spec.name, &encode(&values, Dtype::BF16)).unwrap();
+        }
+        writer.finish().unwrap();
+    }
+
+    fn adapter(dir: &Path, config: &str, b: f32) {
+        std::fs::create_dir_all(dir).unwrap();
+        std::fs::write(dir.join("adapter_config.json"), config).unwrap();
+        let prefix = "base_model.model.model.layers.0.self_attn.q_proj";
+        let specs = vec![
+            Spec::new(format!("{prefix}.lora_A.weight"), Dtype::F32, &[2, 8]),
+            Spec::new(format!("{prefix}.lora_B.weight"), Dtype::F32, &[8, 2]),
+        ];
+        let mut writer = Writer::create(&dir.join("adapter_model.safetensors"), specs).unwrap();
+        for (i, spec) in writer.order().iter().enumerate() {
+            let scale = if spec.name.contains("lora_B") { b } else { 1.0 };
+            let values: Vec<f32> = noise(16, 99 + i as u32).iter().map(|x| x * scale).collect();
+            writer.write(&spec.name, &encode(&values, Dtype::F32)).unwrap();
+        }
+        writer.finish().unwrap();
+    }
+
+    const PLAIN: &str = r#"{"peft_type":"LORA","r":2,"lora_alpha":4,"modules_to_save":null}"#;
+
+    fn merged(dir: &Path, threads: usize) -> Result<Vec<u8>, String> {
+        let input = |name: &str, kind| {
+            let input =
+                Input { label: name.into(), kind, path: dir.join(name), origin: name.into() };
+            (name.to_string(), vec![input])
+        };
+        let folder = |name: &str| {
+            let path = dir.join(format!("{name}{threads}"));
+            std::fs::create_dir_all(&path).unwrap();
+            path
+        };
+        let request = Request {
+            format: 1,
+            step: "merge/lora".into(),
+            mode: Mode::Build,
+            params: json!({"dtype": "bfloat16"}),
+            inputs: BTreeMap::from([input("base", Kind::Model), input("adapter", Kind::Adapter)]),
+            out: folder("out"),
+            report: folder("report"),
+            scratch: folder("scratch"),
+            tools: BTreeMap::new(),
+            threads,
+        };
+        let out = request.out.clone();
+        run(&Job::new(request, std::io::sink())).map_err(|e| format!("{e:#}"))?;
+        Ok(std::fs::read(out.join("model.safetensors")).unwrap())
+    }
+
+    #[test]
+    fn the_sum_is_rounded_once_and_threads_do_not_matter() {
+        let dir = tempfile::tempdir().unwrap();
+        base(&dir.path().join("base"));
+        adapter(&dir.path().join("adapter"), PLAIN, 0.5);
+        let one = merged(dir.path(), 1).unwrap();
+        assert_eq!(one, merged(dir.path(), 2).unwrap());
+
+        let name = "model.layers.0.self_attn.q_proj.weight";
+        let w =
+            Weights::open(&dir.path().join("base")).unwrap().get(name).unwrap().to_f32().unwrap();
+        let deltas = adapter::read(&dir.path().join("adapter")).unwrap();
+        let d = &deltas[name];
+        let got =
+            Weights::open(&dir.path().join("out1")).unwrap().get(name).unwrap().to_f32().unwrap();
+        for (o, row) in got.chunks(8).enumerate() {
+            for (i, got) in row.iter().enumerate() {
+                let mut sum = 0.0f32;
+                for k in 0..2 {
+                    sum = d.b[o * 2 + k].mul_add(d.a[k * 8 + i], sum);
+                }
+                let want = bf16::from_f32(w[o * 8 + i] + sum * 2.0).to_f32();
+                assert_eq!(*got, want);
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_merged_is_refused_by_name() {
+        for (config, b, message) in [
+            (PLAIN, 0.0, "the adapter was never trained: all of its B matrices are zero"),
+            (PLAIN, 1e-9, "is too small to survive rounding"),
+            (&PLAIN.replace("null", "[\"lm_head\"]"), 1.0, "modules_to_save is not built yet"),
+            (
+                &PLAIN.replace("\"r\":2", "\"r\":2,\"use_dora\":true"),
+                1.0,
+                "use_dora is not built yet",
+            ),
+            (&PLAIN.replace("\"r\":2", "\"r\":3"), 1.0, "the config says r = 3"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            base(&dir.path().join("base"));
+            adapter(&dir.path().join("adapter"), config, b);
+            let error = merged(dir.path(), 1).unwrap_err();
+            assert!(error.contains(message), "{error}");
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// A build system for fine-tuned small language models: from the row of data to the page in the
+/// browser, and nothing made twice.
+#[derive(Debug, Parser)]
+#[command(name = "anneal", bin_name = "cargo xtask", version, max_term_width = 100)]
+#[command(after_help = "\
+A TARGET is `recipe/target` (demo/site), a recipe (demo: all its targets), or a target of the demo
+(site). Exit codes: 0 done, 1 your input, 2 your environment, 3 a bug of ours.")]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    /// JSON lines for scripts instead of text for people.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// The workspace, when it is not the current folder or above it.
+    #[arg(long, global = true, value_name = "DIR", env = "ANNEAL_WORKSPACE")]
+    pub workspace: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make what is stale, and nothing else. With no TARGET: the demo.
+    Build(Targets),
+    /// What would run, and why.
+    Plan(Targets),
+    /// Which field differs from what was built last.
+    Why { target: String },
+    /// Files, sizes, digests, metrics and provenance of what was built.
+    Show {
+        target: String,
+        /// The step's log too.
+        #[arg(long)]
+        log: bool,
+    },
+    /// How targets hang together.
+    Graph {
+        #[command(flatten)]
+        targets: Targets,
+        #[arg(long, value_enum, default_value_t = GraphFormat::Text)]
+        format: GraphFormat,
+    },
+    /// Serve a built site with its isolation headers.
+    Serve {
+        #[arg(default_value = "demo/site")]
+        target: String,
+        /// 0 takes any free port.
+        #[arg(long, default_value_t = 8080)]
+        port: u16,
+        #[arg(long, default_value = "127.0.0.1")]
+        host: String,
+    },
+    /// Pin outside sources to a commit, sizes and hashes, in the recipe's lock file.
+    Lock(Targets),
+    /// Hold the store to its digests; with --rebuild, steps to their promise of the same bytes.
+    Verify {
+        #[command(flatten)]
+        targets: Targets,
+        /// Run every step again and compare.
+        #[arg(long)]
+        rebuild: bool,
+    },
+    /// Take away what no target stands for.
+    Gc {
+        /// Keep results younger than this many days.
+        #[arg(long, default_value_t = 7)]
+        days: u64,
+        /// Only tell what would go.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// What is there, what is missing, and how to get it.
+    Doctor,
+    /// A scaffold that builds.
+    New {
+        #[command(subcommand)]
+        what: New,
+    },
+    /// The whole test suite: format, lints, unit, workers, end to end, browser.
+    Test {
+        /// Only these stages.
+        #[arg(value_enum)]
+        stages: Vec<crate::suite::Stage>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Targets {
+    #[arg(value_name = "TARGET")]
+    pub targets: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum GraphFormat {
+    Text,
+    Dot,
+    Mermaid,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum New {
+    /// A step: its parameters, its worker, its line in the family.
+    Step {
+        /// `family/step`, such as `merge/average`.
+        name: String,
+    },
+    /// A recipe, as a copy of the demo's shape to fill in.
+    Recipe { name: String },
+}

@@ -1,0 +1,315 @@
+//! One function a command.
+
+mod doctor;
+mod show;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command as Process, ExitCode, Stdio};
+use std::time::Duration;
+
+use engine::verify::Verdict;
+use engine::{Engine, Graph, Plan, Stale, Status};
+use serde_json::json;
+use step::Failure;
+
+use crate::cli::{Cli, Command, GraphFormat, New, Targets};
+use crate::display::{self, Display};
+use crate::registry::REGISTRY;
+use crate::{error, scaffold, suite};
+
+pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let root = workspace(cli.workspace.as_deref())?;
+    let json = cli.json;
+    match cli.command {
+        Command::New { what: New::Step { name } } => scaffold::step(&root, &name)?,
+        Command::New { what: New::Recipe { name } } => scaffold::recipe(&root, &name)?,
+        Command::Test { stages } => return suite::run(&root, &stages),
+        Command::Build(targets) => build(&open(&root)?, &targets, json)?,
+        Command::Plan(targets) => return plan(&open(&root)?, &targets, json),
+        Command::Why { target } => why(&open(&root)?, &target, json)?,
+        Command::Show { target, log } => show::run(&open(&root)?, &target, log, json)?,
+        Command::Graph { targets, format } => graph(&open(&root)?, &targets, format)?,
+        Command::Serve { target, port, host } => return serve(&open(&root)?, &target, &host, port),
+        Command::Lock(targets) => lock(&open(&root)?, &targets, json)?,
+        Command::Verify { targets, rebuild } => {
+            return verify(&open(&root)?, &targets, rebuild, json);
+        }
+        Command::Gc { days, dry_run } => gc(&open(&root)?, days, dry_run, json)?,
+        Command::Doctor => return doctor::run(&root, json),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn open(root: &Path) -> anyhow::Result<Engine> {
+    Ok(Engine::open(root, REGISTRY)?)
+}
+
+/// The folder with `recipes` in it: the current one or above.
+fn workspace(given: Option<&Path>) -> anyhow::Result<PathBuf> {
+    let start = match given {
+        Some(dir) => dir.to_path_buf(),
+        None => std::env::current_dir()?,
+    };
+    let start = std::fs::canonicalize(&start)
+        .map_err(|e| Failure::input(format!("{}: {e}", start.display())))?;
+    let found =
+        start.ancestors().find(|d| d.join("recipes").is_dir() && d.join("Cargo.toml").is_file());
+    match found {
+        Some(dir) => Ok(dir.to_path_buf()),
+        None => Err(Failure::input(format!("no workspace at {} or above it", start.display()))
+            .hint("a workspace has a Cargo.toml and a folder `recipes`; name one with --workspace")
+            .into()),
+    }
+}
+
+fn resolve(engine: &Engine, targets: &Targets) -> anyhow::Result<Graph> {
+    let mut resolver = engine.resolver();
+    let words = match targets.targets.as_slice() {
+        [] => vec![engine::DEFAULT_RECIPE.to_string()],
+        words => words.to_vec(),
+    };
+    let wanted = resolver.expand(&words)?;
+    Ok(resolver.graph(&wanted)?)
+}
+
+fn build(engine: &Engine, targets: &Targets, json: bool) -> anyhow::Result<()> {
+    let graph = resolve(engine, targets)?;
+    let mut display = Display::new(json, &graph);
+    let built = engine.build(&graph, &mut |event| display.event(&event))?;
+    display.summary(engine, &built);
+    Ok(())
+}
+
+fn plan(engine: &Engine, targets: &Targets, json: bool) -> anyhow::Result<ExitCode> {
+    let graph = resolve(engine, targets)?;
+    let plan = engine.plan(&graph)?;
+    if json {
+        for planned in &plan.targets {
+            println!("{}", plan_json(planned));
+        }
+    } else {
+        print!("{}", plan_text(&plan));
+    }
+    let blocked = plan.targets.iter().any(|p| matches!(p.status, Status::Blocked(_)));
+    Ok(if blocked { error::INPUT.into() } else { ExitCode::SUCCESS })
+}
+
+fn plan_json(planned: &engine::Planned) -> serde_json::Value {
+    let (status, reason) = match &planned.status {
+        Status::Cached(_) => ("cached", json!(null)),
+        Status::Stale(stale) => ("stale", json!(stale)),
+        Status::Blocked(blocked) => ("blocked", json!(blocked.to_string())),
+    };
+    let last = planned.last.as_ref().map(|r| &r.provenance);
+    json!({
+        "target": planned.id,
+        "step": planned.step,
+        "status": status,
+        "reason": reason,
+        "last_wall_seconds": last.map(|p| p.wall_seconds),
+        "last_peak_memory": last.map(|p| p.peak_memory),
+    })
+}
+
+fn plan_text(plan: &Plan) -> String {
+    let mut table = display::Table::new(["target", "step", "status", "last time", "memory"]);
+    let mut wall = 0.0;
+    for planned in &plan.targets {
+        let last = planned.last.as_ref().map(|r| &r.provenance);
+        let status = match &planned.status {
+            Status::Cached(_) => "cached".to_string(),
+            Status::Stale(stale) => {
+                wall += last.map_or(0.0, |p| p.wall_seconds);
+                match stale {
+                    Stale::Waits(_) => stale.to_string(),
+                    _ => format!("stale: {stale}"),
+                }
+            }
+            Status::Blocked(blocked) => format!("blocked: {blocked}"),
+        };
+        table.row([
+            planned.id.to_string(),
+            planned.step.to_string(),
+            status,
+            last.map_or("".into(), |p| display::seconds(p.wall_seconds)),
+            last.map_or("".into(), |p| display::bytes(p.peak_memory)),
+        ]);
+    }
+    let stale = plan.targets.iter().filter(|p| matches!(p.status, Status::Stale(_))).count();
+    let line = match stale {
+        0 if plan.up_to_date() => "up to date\n".to_string(),
+        0 => String::new(),
+        n if wall > 0.0 => {
+            format!("{n} to make, about {} by what they took last\n", display::seconds(wall))
+        }
+        n => format!("{n} to make\n"),
+    };
+    format!("{table}{line}")
+}
+
+fn why(engine: &Engine, target: &str, json: bool) -> anyhow::Result<()> {
+    let graph = resolve(engine, &Targets { targets: vec![target.into()] })?;
+    let plan = engine.plan(&graph)?;
+    let wanted = graph.nodes.last().expect("a graph holds what it was asked for");
+    let planned = plan.get(&wanted.id).expect("every node is planned");
+    if json {
+        println!("{}", plan_json(planned));
+        return Ok(());
+    }
+    match &planned.status {
+        Status::Cached(result) => {
+            println!("{} is up to date: action {}", planned.id, result.key.short());
+        }
+        Status::Blocked(blocked) => println!("{} is blocked: {blocked}", planned.id),
+        Status::Stale(Stale::Changed(differences)) => {
+            println!("{} is stale:", planned.id);
+            for difference in differences {
+                println!("  {difference}");
+            }
+        }
+        Status::Stale(Stale::Waits(_)) => {
+            println!("{} waits for what it is made of:", planned.id);
+            for before in &plan.targets {
+                if let Status::Stale(reason) = &before.status
+                    && !matches!(reason, Stale::Waits(_))
+                {
+                    println!("  {}: {reason}", before.id);
+                }
+            }
+        }
+        Status::Stale(reason) => println!("{} is stale: {reason}", planned.id),
+    }
+    Ok(())
+}
+
+fn graph(engine: &Engine, targets: &Targets, format: GraphFormat) -> anyhow::Result<()> {
+    let graph = resolve(engine, targets)?;
+    match format {
+        GraphFormat::Text => print!("{}", engine::graph::text(&graph, &engine.plan(&graph)?)),
+        GraphFormat::Dot => print!("{}", engine::graph::dot(&graph)),
+        GraphFormat::Mermaid => print!("{}", engine::graph::mermaid(&graph)),
+    }
+    Ok(())
+}
+
+/// Builds what is stale, then serves. The server is a worker too: its libraries are not ours.
+fn serve(engine: &Engine, target: &str, host: &str, port: u16) -> anyhow::Result<ExitCode> {
+    let targets = Targets { targets: vec![target.into()] };
+    build(engine, &targets, false)?;
+    let graph = resolve(engine, &targets)?;
+    let node = graph.nodes.last().expect("a graph holds what it was asked for");
+    if node.kind != step::Kind::Site {
+        let what = node.kind.article();
+        return Err(Failure::input(format!("{} is {what}, not a site", node.id)).into());
+    }
+    let server = engine.compile("serve", &BTreeMap::new(), &mut |_| {})?;
+    let status = Process::new(server)
+        .arg(engine.link(&node.id))
+        .args(["--host", host, "--port", &port.to_string()])
+        .stdin(Stdio::null())
+        .status()
+        .map_err(|e| Failure::environment(format!("cannot start the server: {e}")))?;
+    Ok(ExitCode::from(
+        status.code().and_then(|c| u8::try_from(c).ok()).unwrap_or(error::ENVIRONMENT),
+    ))
+}
+
+fn lock(engine: &Engine, targets: &Targets, json: bool) -> anyhow::Result<()> {
+    let graph = resolve(engine, targets)?;
+    let mut display = Display::new(json, &graph);
+    let locked = engine.lock(&graph, &mut |event| display.event(&event))?;
+    display.clear();
+    for one in &locked {
+        let what = match &one.before {
+            None => "pinned",
+            Some(before) if *before == one.after => "unchanged",
+            Some(_) => "moved",
+        };
+        if json {
+            println!("{}", json!({"target": one.id, "lock": what, "pin": one.after}));
+        } else {
+            println!("{}: {what}", one.id);
+        }
+    }
+    if locked.is_empty() && !json {
+        println!("nothing to pin: no outside source in these targets");
+    }
+    Ok(())
+}
+
+fn verify(
+    engine: &Engine,
+    targets: &Targets,
+    rebuild: bool,
+    json: bool,
+) -> anyhow::Result<ExitCode> {
+    if !rebuild {
+        return scrub(engine, json);
+    }
+    let graph = resolve(engine, targets)?;
+    let mut display = Display::new(json, &graph);
+    let rebuilt = engine.rebuild(&graph, &mut |event| display.event(&event))?;
+    display.clear();
+    let mut table = display::Table::new(["target", "rebuild"]);
+    for one in &rebuilt {
+        let verdict = match &one.verdict {
+            Verdict::Identical => "identical".to_string(),
+            Verdict::WithinTolerance => "within tolerance".to_string(),
+            Verdict::Differs(what) => format!("DIFFERS: {}", what.join(", ")),
+            Verdict::Skipped => "not rebuilt: it needs the network".to_string(),
+        };
+        if json {
+            println!("{}", json!({"target": one.id, "rebuild": verdict}));
+        }
+        table.row([one.id.to_string(), verdict]);
+    }
+    if !json {
+        print!("{table}");
+    }
+    let differs = rebuilt.iter().any(|r| matches!(r.verdict, Verdict::Differs(_)));
+    Ok(if differs { error::BUG.into() } else { ExitCode::SUCCESS })
+}
+
+fn scrub(engine: &Engine, json: bool) -> anyhow::Result<ExitCode> {
+    let bar = display::byte_bar(json, "verify");
+    let report = engine.store().scrub(&mut |at| {
+        bar.set_length(at.of_bytes);
+        bar.set_position(at.bytes);
+    })?;
+    bar.finish_and_clear();
+    if json {
+        let bad: Vec<_> = report.corrupt.iter().map(ToString::to_string).collect();
+        println!("{}", json!({"files": report.blobs, "bytes": report.bytes, "corrupt": bad}));
+    } else {
+        println!(
+            "{} files, {}: {} corrupt",
+            report.blobs,
+            display::bytes(report.bytes),
+            report.corrupt.len()
+        );
+        for digest in &report.corrupt {
+            println!("  {digest}: moved to quarantine; the next build makes it again");
+        }
+    }
+    Ok(if report.corrupt.is_empty() { ExitCode::SUCCESS } else { error::ENVIRONMENT.into() })
+}
+
+fn gc(engine: &Engine, days: u64, dry_run: bool, json: bool) -> anyhow::Result<()> {
+    let swept = engine.gc(Duration::from_secs(days * 24 * 3600), dry_run)?;
+    let verb = if dry_run { "would take" } else { "took" };
+    if json {
+        println!(
+            "{}",
+            json!({"dry_run": dry_run, "results": swept.results_removed, "files": swept.blobs_removed, "bytes": swept.bytes_freed})
+        );
+    } else {
+        println!(
+            "{verb} {} results, {} files, {}",
+            swept.results_removed,
+            swept.blobs_removed,
+            display::bytes(swept.bytes_freed)
+        );
+    }
+    Ok(())
+}

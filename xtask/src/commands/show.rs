@@ -1,0 +1,96 @@
+//! `show`: what was built under a name.
+
+use engine::{Engine, TargetId};
+use serde_json::json;
+use step::Failure;
+
+use crate::display::{self, Table};
+
+pub fn run(engine: &Engine, target: &str, log: bool, json: bool) -> anyhow::Result<()> {
+    let ids = engine.resolver().expand(&[target.to_string()])?;
+    for id in &ids {
+        one(engine, id, log, json)?;
+    }
+    Ok(())
+}
+
+fn one(engine: &Engine, id: &TargetId, log: bool, json: bool) -> anyhow::Result<()> {
+    let Some(result) = engine.last(id) else {
+        return Err(Failure::input(format!("{id} was never built"))
+            .hint(format!("run `cargo xtask build {id}`"))
+            .into());
+    };
+    let tree = engine.store().tree(result.output)?;
+    if json {
+        println!("{}", json!({"target": id, "result": result, "files": tree}));
+        return Ok(());
+    }
+    let p = &result.provenance;
+    println!("{id}  {}", result.step);
+    println!("  action  {}", result.key);
+    println!("  output  {}  {}", result.output, display::bytes(tree.size()));
+    println!("  made    {} on {} ({})", when(p.started), p.host, p.device);
+    println!(
+        "  took    {} ({} cpu, {} memory)",
+        display::seconds(p.wall_seconds),
+        display::seconds(p.cpu_seconds),
+        display::bytes(p.peak_memory)
+    );
+    let versions: Vec<String> = p.versions.iter().map(|(n, v)| format!("{n} {v}")).collect();
+    if !versions.is_empty() {
+        println!("  with    {}", versions.join(", "));
+    }
+    if let Some(commit) = &p.git_commit {
+        println!("  commit  {commit}{}", if p.git_dirty { ", with changes" } else { "" });
+    }
+    if let Some(action) = engine.action(result.key) {
+        for (name, digest) in &action.inputs {
+            println!("  input   {name} = {}", digest.short());
+        }
+        println!("  params  {}", action.params);
+    }
+    println!();
+    let mut files = Table::new(["file", "size", "blake3"]);
+    for entry in tree.entries() {
+        files.row([entry.path.clone(), display::bytes(entry.size), entry.digest.short()]);
+    }
+    print!("{files}");
+    if !result.metrics.is_empty() {
+        println!();
+        let mut metrics = Table::new(["figure", "value"]);
+        for (name, value) in &result.metrics {
+            metrics.row([name.clone(), display::figure(*value)]);
+        }
+        print!("{metrics}");
+    }
+    if log {
+        println!("\n{}", String::from_utf8_lossy(&engine.store().blob(result.log)?));
+    }
+    Ok(())
+}
+
+/// Seconds since 1970 as `2026-11-20 19:30 UTC` (civil calendar from days: Howard Hinnant,
+/// "chrono-Compatible Low-Level Date Algorithms").
+fn when(seconds: u64) -> String {
+    let days = (seconds / 86_400) as i64 + 719_468;
+    let era = days.div_euclid(146_097);
+    let doe = days.rem_euclid(146_097);
+    let yoe = (doe - doe / 1_460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let day = doy - (153 * mp + 2) / 5 + 1;
+    let month = if mp < 10 { mp + 3 } else { mp - 9 };
+    let year = yoe + era * 400 + i64::from(month <= 2);
+    let (h, m) = (seconds / 3600 % 24, seconds / 60 % 60);
+    format!("{year}-{month:02}-{day:02} {h:02}:{m:02} UTC")
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn days_become_dates() {
+        assert_eq!(super::when(0), "1970-01-01 00:00 UTC");
+        assert_eq!(super::when(951_782_400), "2000-02-29 00:00 UTC");
+        assert_eq!(super::when(1_795_203_000), "2026-11-20 19:30 UTC");
+    }
+}

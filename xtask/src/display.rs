@@ -1,0 +1,377 @@
+//! How a build looks: a live line for the running step, plain lines where nobody watches, JSON
+//! lines for scripts, one table at the end.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use engine::{Engine, Event, Graph};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::json;
+use step::worker::Progress;
+
+enum Mode {
+    Json,
+    /// Somebody watches: one line that moves.
+    Live(ProgressBar),
+    /// A log file or CI: a line now and then.
+    Plain {
+        last: Instant,
+    },
+}
+
+pub struct Display {
+    mode: Mode,
+    /// Widest target name, so that columns stand.
+    width: usize,
+    losses: VecDeque<f64>,
+    started: Instant,
+    compiled: usize,
+}
+
+impl Display {
+    pub fn new(json: bool, graph: &Graph) -> Self {
+        let mode = if json {
+            Mode::Json
+        } else if std::io::stderr().is_terminal() {
+            let bar = ProgressBar::new_spinner();
+            bar.set_style(style("{spinner:.cyan} {prefix} {wide_msg}"));
+            bar.enable_steady_tick(Duration::from_millis(120));
+            Mode::Live(bar)
+        } else {
+            Mode::Plain { last: Instant::now() }
+        };
+        let width = graph.nodes.iter().map(|n| n.id.to_string().chars().count()).max();
+        Self {
+            mode,
+            width: width.unwrap_or(0),
+            losses: VecDeque::new(),
+            started: Instant::now(),
+            compiled: 0,
+        }
+    }
+
+    pub fn event(&mut self, event: &Event) {
+        if let Mode::Json = self.mode {
+            if let Some(line) = to_json(event) {
+                println!("{line}");
+            }
+            return;
+        }
+        match event {
+            Event::Tool { tool, text } => self.moving(tool, text),
+            Event::Compiling { family, line } => {
+                let line = line.trim();
+                if line.starts_with("Compiling") || line.starts_with("Building") {
+                    self.compiled += 1;
+                    let text = format!("compiling the worker ({}): {line}", self.compiled);
+                    self.moving(family, &text);
+                }
+            }
+            Event::Compiled { family, wall } => {
+                if wall.as_secs() >= 2 {
+                    self.line(
+                        family,
+                        &format!("worker compiled in {}", seconds(wall.as_secs_f64())),
+                    );
+                }
+                self.compiled = 0;
+            }
+            Event::Cached { .. } => {}
+            Event::Waiting { target, holder } => {
+                let text = format!("waits for {}, which makes the same", holder_name(holder));
+                self.moving(&target.to_string(), &text);
+            }
+            Event::Started { target, reason, .. } => {
+                self.losses.clear();
+                self.started = Instant::now();
+                self.line(&target.to_string(), &reason.to_string());
+            }
+            Event::Progress { target, progress } => {
+                if let Some(loss) = progress.values.get("loss") {
+                    self.losses.push_back(*loss);
+                    while self.losses.len() > 24 {
+                        self.losses.pop_front();
+                    }
+                }
+                let text = self.progress(progress);
+                self.moving(&target.to_string(), &text);
+            }
+            Event::Note { target, text } => self.line(&target.to_string(), text),
+            Event::Finished { target, result, size } => {
+                let wall = seconds(result.provenance.wall_seconds);
+                self.line(&target.to_string(), &format!("made in {wall}, {}", bytes(*size)));
+            }
+            Event::Failed { .. } => self.clear(),
+        }
+    }
+
+    /// Takes the moving line away.
+    pub fn clear(&self) {
+        if let Mode::Live(bar) = &self.mode {
+            bar.finish_and_clear();
+        }
+    }
+
+    pub fn summary(&self, engine: &Engine, built: &[engine::Built]) {
+        self.clear();
+        let ran = built.iter().filter(|b| b.ran).count();
+        if let Mode::Json = self.mode {
+            println!("{}", json!({"event": "done", "made": ran, "cached": built.len() - ran}));
+            return;
+        }
+        if ran == 0 {
+            println!("up to date: {} targets", built.len());
+            return;
+        }
+        let mut table = Table::new(["target", "", "time", "cpu", "size", "figures"]);
+        for one in built {
+            let p = &one.result.provenance;
+            let (state, wall, cpu) = if one.ran {
+                ("made", seconds(p.wall_seconds), seconds(p.cpu_seconds))
+            } else {
+                ("cached", String::new(), String::new())
+            };
+            table.row([
+                one.id.to_string(),
+                state.into(),
+                wall,
+                cpu,
+                bytes(one.size),
+                figures(&one.result.metrics),
+            ]);
+        }
+        print!("{table}");
+        if let Some(last) = built.last() {
+            let link = engine.link(&last.id);
+            let link = link.strip_prefix(engine.root()).unwrap_or(&link);
+            println!(
+                "\n{} made, {} cached; {} is in {}",
+                ran,
+                built.len() - ran,
+                last.id,
+                link.display()
+            );
+            if last.result.kind == step::Kind::Site {
+                println!("look at it: cargo xtask serve {}", last.id);
+            }
+        }
+    }
+
+    fn progress(&self, p: &Progress) -> String {
+        let mut parts = vec![p.phase.clone()];
+        let show = |n: u64| if p.unit == "bytes" { bytes(n) } else { n.to_string() };
+        if p.total > 0 {
+            let share = p.done as f64 / p.total as f64;
+            parts.push(format!("{}{:>4.0} %", meter(share, 20), share * 100.0));
+            let unit = if p.unit == "bytes" { "" } else { p.unit.as_str() };
+            parts.push(format!("{}/{} {unit}", show(p.done), show(p.total)).trim_end().to_string());
+            let gone = self.started.elapsed().as_secs_f64();
+            if share > 0.02 && share < 1.0 && gone > 2.0 {
+                parts.push(format!("{} left", seconds(gone / share - gone)));
+            }
+        } else if p.done > 0 {
+            parts.push(format!("{} {}", show(p.done), p.unit));
+        }
+        for (name, value) in &p.values {
+            parts.push(match name.as_str() {
+                "loss" => format!("loss {value:.3} {}", sparkline(&self.losses)),
+                "tokens/s" => format!("{value:.0} tokens/s"),
+                other => format!("{other} {value:.3}"),
+            });
+        }
+        parts.join("  ")
+    }
+
+    /// A line that the next one replaces.
+    fn moving(&mut self, who: &str, text: &str) {
+        let width = self.width;
+        match &mut self.mode {
+            Mode::Live(bar) => {
+                bar.set_prefix(format!("{who:width$}"));
+                bar.set_message(text.to_string());
+            }
+            Mode::Plain { last } if last.elapsed() > Duration::from_secs(15) => {
+                *last = Instant::now();
+                eprintln!("{who:width$}  {text}");
+            }
+            _ => {}
+        }
+    }
+
+    /// A line that stays.
+    fn line(&mut self, who: &str, text: &str) {
+        let width = self.width;
+        for (i, part) in text.lines().enumerate() {
+            let who = if i == 0 { who } else { "" };
+            let line = format!("{who:width$}  {part}");
+            match &mut self.mode {
+                Mode::Live(bar) => bar.println(format!("  {line}")),
+                Mode::Plain { last } => {
+                    *last = Instant::now();
+                    eprintln!("{line}");
+                }
+                Mode::Json => {}
+            }
+        }
+    }
+}
+
+fn to_json(event: &Event) -> Option<serde_json::Value> {
+    Some(match event {
+        Event::Tool { tool, text } => json!({"event": "tool", "tool": tool, "text": text}),
+        Event::Compiling { .. } => return None,
+        Event::Compiled { family, wall } => {
+            json!({"event": "compiled", "family": family, "wall_seconds": wall.as_secs_f64()})
+        }
+        Event::Cached { target, result } => {
+            json!({"event": "cached", "target": target, "key": result.key, "output": result.output})
+        }
+        Event::Waiting { target, holder } => {
+            json!({"event": "waiting", "target": target, "holder": holder_name(holder)})
+        }
+        Event::Started { target, key, reason } => {
+            json!({"event": "started", "target": target, "key": key, "reason": reason})
+        }
+        Event::Progress { target, progress } => {
+            json!({"event": "progress", "target": target, "progress": progress})
+        }
+        Event::Note { target, text } => json!({"event": "note", "target": target, "text": text}),
+        Event::Finished { target, result, size } => json!({
+            "event": "finished", "target": target, "key": result.key, "output": result.output,
+            "bytes": size, "wall_seconds": result.provenance.wall_seconds,
+            "cpu_seconds": result.provenance.cpu_seconds, "metrics": result.metrics,
+        }),
+        Event::Failed { target, failure } => {
+            json!({"event": "failed", "target": target, "failure": failure})
+        }
+    })
+}
+
+fn holder_name(holder: &store::Holder) -> String {
+    let pid = holder.pid.map_or("another process".to_string(), |pid| format!("process {pid}"));
+    match &holder.host {
+        Some(host) => format!("{pid} on {host}"),
+        None => pid,
+    }
+}
+
+/// A bar over bytes, hidden for scripts.
+pub fn byte_bar(json: bool, what: &str) -> ProgressBar {
+    let bar = ProgressBar::new(0);
+    bar.set_style(style("{prefix} {wide_bar:.cyan} {bytes}/{total_bytes} {bytes_per_sec} {eta}"));
+    bar.set_prefix(what.to_string());
+    if json || !std::io::stderr().is_terminal() {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+    }
+    bar
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).expect("templates are constants")
+}
+
+/// The figures that say most, at most three.
+fn figures(metrics: &BTreeMap<String, f64>) -> String {
+    let all: Vec<String> =
+        metrics.iter().map(|(name, value)| format!("{name} {}", figure(*value))).collect();
+    match all.len() {
+        0..=3 => all.join(", "),
+        n => format!("{}, … {} more", all[..2].join(", "), n - 2),
+    }
+}
+
+pub fn figure(value: f64) -> String {
+    if value.fract() == 0.0 && value.abs() < 1e15 {
+        format!("{value:.0}")
+    } else {
+        format!("{value:.4}")
+    }
+}
+
+/// `▕████▏`: a share of 1 as a bar of `width` cells.
+fn meter(share: f64, width: usize) -> String {
+    let full = (share.clamp(0.0, 1.0) * width as f64).round() as usize;
+    format!("{}{}", "━".repeat(full), "─".repeat(width - full))
+}
+
+fn sparkline(values: &VecDeque<f64>) -> String {
+    const LEVELS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    let low = values.iter().copied().fold(f64::INFINITY, f64::min);
+    let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let span = (high - low).max(1e-9);
+    values.iter().map(|v| LEVELS[(((v - low) / span) * 7.0).round() as usize]).collect()
+}
+
+/// `3.2 s`, `4 min 10 s`, `2 h 5 min`.
+pub fn seconds(s: f64) -> String {
+    match s {
+        s if s < 10.0 => format!("{s:.1} s"),
+        s if s < 60.0 => format!("{s:.0} s"),
+        s if s < 3600.0 => format!("{} min {:02} s", s as u64 / 60, s as u64 % 60),
+        s => format!("{} h {:02} min", s as u64 / 3600, s as u64 % 3600 / 60),
+    }
+}
+
+/// Bytes in decimal units, as disks and networks count.
+pub fn bytes(n: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+/// A plain table: columns as wide as what is in them, two spaces between, a rule below the head.
+pub struct Table<const N: usize> {
+    rows: Vec<[String; N]>,
+}
+
+impl<const N: usize> Table<N> {
+    pub fn new(head: [&str; N]) -> Self {
+        Self { rows: vec![head.map(str::to_string)] }
+    }
+
+    pub fn row(&mut self, row: [String; N]) {
+        self.rows.push(row);
+    }
+}
+
+impl<const N: usize> fmt::Display for Table<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = |i: usize| self.rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0);
+        let widths: [usize; N] = std::array::from_fn(width);
+        for (n, row) in self.rows.iter().enumerate() {
+            let cells = row.iter().zip(widths).map(|(cell, w)| format!("{cell:w$}"));
+            let line = cells.collect::<Vec<_>>().join("  ");
+            writeln!(f, "{}", line.trim_end())?;
+            if n == 0 {
+                let total = widths.iter().sum::<usize>() + 2 * (N - 1);
+                writeln!(f, "{}", "─".repeat(total))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_people_read() {
+        for (n, text) in [(0, "0 B"), (999, "999 B"), (1_500, "1.5 kB"), (530_604_548, "530.6 MB")]
+        {
+            assert_eq!(bytes(n), text);
+        }
+        for (s, text) in
+            [(0.04, "0.0 s"), (42.4, "42 s"), (250.0, "4 min 10 s"), (7500.0, "2 h 05 min")]
+        {
+            assert_eq!(seconds(s), text);
+        }
+    }
+}

@@ -1,0 +1,16 @@
+//! The steps that Anneal has: one line a family.
+
+use engine::Registry;
+
+pub const REGISTRY: Registry = Registry {
+    families: &[
+        &source::FAMILY,
+        &dataset::FAMILY,
+        &train::FAMILY,
+        &merge::FAMILY,
+        &onnx::FAMILY,
+        &gguf::FAMILY,
+        &eval::FAMILY,
+        &site::FAMILY,
+    ],
+};

@@ -1,0 +1,114 @@
+//! `test`: the whole suite, cheap stages first. CI runs this and nothing else.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::ValueEnum;
+use xshell::{Shell, cmd};
+
+use crate::display::{self, Table};
+use crate::error;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Stage {
+    /// rustfmt.
+    Format,
+    /// clippy over the light half of the workspace.
+    Lint,
+    /// Everything that needs no worker: under a minute after the build.
+    Unit,
+    /// Each family's worker: clippy and tests, in release.
+    Workers,
+    /// The demo, built, built again, killed, rebuilt.
+    Demo,
+    /// Our files in other people's readers: transformers, PEFT, ONNX Runtime, llama.cpp.
+    Interop,
+    /// The page in headless Chromium, on WASM and WebGPU.
+    Browser,
+}
+
+/// Packages whose real work is behind features: name, features, tools needed to compile it.
+const WORKERS: &[(&str, &str, &[&str])] = &[
+    ("checkpoint", "weights,chat", &[]),
+    ("source", "worker", &[]),
+    ("dataset", "worker", &[]),
+    ("train", "worker", &["libtorch"]),
+    ("merge", "worker", &[]),
+    ("onnx", "worker", &[]),
+    ("gguf", "worker", &[]),
+    ("eval", "worker", &["onnxruntime", "cmake", "libclang"]),
+    ("site", "worker", &[]),
+    ("serve", "worker", &[]),
+];
+
+pub fn run(root: &Path, stages: &[Stage]) -> anyhow::Result<ExitCode> {
+    let all = Stage::value_variants();
+    let wanted = if stages.is_empty() { all } else { stages };
+    let sh = Shell::new()?;
+    sh.change_dir(root);
+    let mut table = Table::new(["stage", "result", "time"]);
+    let (mut passed, mut failed) = (0, 0);
+    for stage in all.iter().filter(|s| wanted.contains(s)) {
+        let name = stage.to_possible_value().expect("no stage is hidden");
+        println!("\n── {} ──", name.get_name());
+        let clock = Instant::now();
+        let result = run_stage(&sh, root, *stage);
+        let word = match &result {
+            Ok(()) => "passed",
+            Err(error) => {
+                eprintln!("{error:#}");
+                "FAILED"
+            }
+        };
+        let time = display::seconds(clock.elapsed().as_secs_f64());
+        table.row([name.get_name().to_string(), word.to_string(), time]);
+        match result {
+            Ok(()) => passed += 1,
+            Err(_) => {
+                failed += 1;
+                // What follows stands on what came before.
+                break;
+            }
+        }
+    }
+    println!("\n{table}");
+    println!("{passed} passed, {failed} failed");
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { error::INPUT.into() })
+}
+
+fn run_stage(sh: &Shell, root: &Path, stage: Stage) -> anyhow::Result<()> {
+    match stage {
+        Stage::Format => cmd!(sh, "cargo fmt --all --check").run()?,
+        Stage::Lint => {
+            cmd!(sh, "cargo clippy --locked --workspace --all-targets -- -D warnings").run()?
+        }
+        Stage::Unit => cmd!(sh, "cargo test --locked --workspace --quiet").run()?,
+        Stage::Workers => {
+            let engine = engine::Engine::open(root, crate::registry::REGISTRY)?;
+            for (package, features, tools) in WORKERS {
+                let _env = with_tools(sh, &engine, tools)?;
+                cmd!(sh, "cargo clippy --locked --release --package {package} --features {features} --all-targets -- -D warnings").run()?;
+                cmd!(sh, "cargo test --locked --release --quiet --package {package} --features {features}").run()?;
+            }
+        }
+        Stage::Demo => cmd!(sh, "cargo test --locked --quiet --package xtask --test demo -- --include-ignored --nocapture").run()?,
+        Stage::Interop => cmd!(sh, "bash tests/interop/run.sh").run()?,
+        Stage::Browser => cmd!(sh, "bash tests/browser/run.sh").run()?,
+    }
+    Ok(())
+}
+
+/// Sets the variables that the tools ask for, fetching those that are missing.
+fn with_tools<'a>(
+    sh: &'a Shell,
+    engine: &engine::Engine,
+    tools: &[&str],
+) -> anyhow::Result<Vec<xshell::PushEnv<'a>>> {
+    let mut set = Vec::new();
+    for tool in tools {
+        let found = engine.tool(tool, &mut |_| {})?;
+        set.extend(found.env.into_iter().map(|(name, value)| sh.push_env(name, value)));
+    }
+    Ok(set)
+}
