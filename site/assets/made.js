@@ -1,0 +1,102 @@
+// How it was made: what each model scored, and the files by digest. Knows only `site.json`.
+
+import { el } from './conversation.js';
+
+const NAMES = {
+  exact_match: 'exactly right',
+  exact_match_drop: 'drop',
+  same_answers: 'same answers',
+  top1_agreement: 'same top token',
+  same_tokens: 'same tokens',
+  perplexity: 'perplexity',
+  perplexity_ratio: 'ratio',
+  nll: 'nats per token',
+  bits_per_token: 'bits per token',
+  kl: 'divergence',
+};
+const KINDS = { model: 'full precision', 'onnx-model': 'ONNX', 'gguf-model': 'GGUF' };
+const SHARES = /^(exact_match|same_answers|same_tokens|top1_agreement)$/;
+
+export function fill(section, site) {
+  const reports = site.reports.filter(({ models }) => Object.keys(models).length);
+  for (const report of reports) section.append(results(report, site.model.label));
+  section.append(files(site));
+  section.hidden = false;
+}
+
+function results(report, label) {
+  const order = (report.order ?? Object.keys(report.models)).filter((m) => report.models[m]);
+  const columns = (report.figures ?? figuresOf(report, order)).filter((figure) =>
+    order.some((m) => typeof report.models[m][figure] === 'number'));
+  const [main] = columns;
+  const bars = order.every((m) => share(main, report.models[m][main] ?? 0));
+  const head = el('tr', {}, el('th', { scope: 'col' }, 'model'),
+    ...columns.map((figure) => el('th.number', { scope: 'col' }, NAMES[figure] ?? figure.replaceAll('_', ' '))),
+    el('th.number', { scope: 'col' }, 'size'));
+  const rows = order.map((name) => {
+    const model = report.models[name];
+    const here = name === label;
+    const about = here ? 'on this page' : KINDS[model.kind];
+    const cells = columns.map((figure, i) => {
+      const cell = el('td.number', {}, show(figure, model[figure]));
+      if (i === 0 && bars) cell.prepend(bar(model[figure] ?? 0));
+      return cell;
+    });
+    return el(here ? 'tr.here' : 'tr', {},
+      el('th', { scope: 'row' }, name, about ? el('span.about', {}, about) : null),
+      ...cells, el('td.number', {}, bytes(model.size_bytes)));
+  });
+  const caption = el('caption', {}, sentence(report));
+  return el('div.scroll', { tabindex: '0', role: 'group', 'aria-label': report.label },
+    el('table.results', {}, caption, el('thead', {}, head), el('tbody', {}, ...rows)));
+}
+
+function sentence({ step, rows, split }) {
+  const asked = rows ? `${rows.toLocaleString('en')} rows of the ${split ?? 'test'} split` : 'Held-out rows';
+  if (step === 'eval/exact-match') return `${asked}, none of them seen in training, answered greedily.`;
+  if (step === 'eval/perplexity') return `${asked}: how likely each model finds the answers.`;
+  return `${asked}, ${step}.`;
+}
+
+function figuresOf(report, order) {
+  const found = new Set(order.flatMap((m) => Object.keys(report.models[m])));
+  return [...found].filter((figure) => figure !== 'kind' && figure !== 'size_bytes').slice(0, 4);
+}
+
+const share = (figure, value) => SHARES.test(figure) && value >= 0 && value <= 1;
+
+function show(figure, value) {
+  if (typeof value !== 'number') return '–';
+  if (share(figure, value)) return `${(100 * value).toFixed(1)} %`;
+  if (figure.endsWith('_drop')) return `${(100 * value).toFixed(1)} pt`;
+  return Number(value.toPrecision(4)).toString();
+}
+
+function bar(value) {
+  return el('meter', { min: 0, max: 1, value, 'aria-hidden': 'true' });
+}
+
+export function bytes(n) {
+  if (typeof n !== 'number') return '–';
+  if (n < 1000) return `${n} B`;
+  if (n < 1e6) return `${(n / 1e3).toFixed(1)} kB`;
+  return `${(n / 1e6).toFixed(n < 1e7 ? 2 : 1)} MB`;
+}
+
+/** Every file of the model and of its runtime, by the digest that the build knows it by. */
+function files({ model, vendor }) {
+  const rows = [
+    ...model.files.map((file) => ({ ...file, folder: `models/${model.path}/` })),
+    ...vendor.files.map((file) => ({ ...file, folder: vendor.path })),
+  ].map(({ path, bytes: size, blake3, folder }) =>
+    el('tr', {},
+      el('th', { scope: 'row' }, el('a', { href: folder + path }, path)),
+      el('td.number', {}, bytes(size)),
+      el('td.digest', { title: blake3 }, blake3.slice(0, 16))));
+  const head = el('tr', {}, el('th', { scope: 'col' }, 'file'),
+    el('th.number', { scope: 'col' }, 'size'), el('th', { scope: 'col' }, 'BLAKE3'));
+  return el('details', {}, el('summary', {}, 'The files, by digest'),
+    el('p.note', {}, 'A file’s digest is its name in the build’s store: the same inputs give these same bytes again.'),
+    el('div.scroll', { tabindex: '0', role: 'group', 'aria-label': 'Files' },
+      el('table.files', {}, el('thead', {}, head), el('tbody', {}, ...rows))));
+}
