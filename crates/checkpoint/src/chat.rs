@@ -76,20 +76,23 @@ impl Template {
         // As transformers sets up Jinja.
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<(), _> {
             Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
         });
-        let message = |e: minijinja::Error| Error::Template {
-            path: path.clone(),
-            message: with_cause(&e),
-        };
+        let message =
+            |e: minijinja::Error| Error::Template { path: path.clone(), message: with_cause(&e) };
         environment.add_template_owned("chat", source).map_err(message)?;
         Ok(Self { path, environment, bos_token, eos_token })
     }
 
     /// A conversation as text; with `add_generation_prompt`, up to where the answer begins.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Error> {
+    pub fn render(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<String, Error> {
         let template = self.environment.get_template("chat").expect("added when it was made");
         template
             .render(context! {
@@ -134,7 +137,8 @@ impl Template {
 
     /// The text that ends the assistant's turn: `<|im_end|>`.
     pub fn end_of_turn(&self) -> Result<String, Error> {
-        let turn = |role: &str, content: &str| Message { role: role.into(), content: content.into() };
+        let turn =
+            |role: &str, content: &str| Message { role: role.into(), content: content.into() };
         let rendered = self.render_spans(&[turn("user", "a"), turn("assistant", "b")])?;
         let said = rendered.supervised.first().map_or("", |span| &rendered.text[span.clone()]);
         Ok(said.trim_start().strip_prefix('b').unwrap_or(said).to_string())
@@ -285,7 +289,8 @@ mod tests {
 
     #[test]
     fn each_answer_is_supervised_to_the_end_of_its_turn() {
-        let chat = chat(&[("user", "hi"), ("assistant", "yes"), ("user", "yes"), ("assistant", "no")]);
+        let chat =
+            chat(&[("user", "hi"), ("assistant", "yes"), ("user", "yes"), ("assistant", "no")]);
         let rendered = template(CHATML).unwrap().render_spans(&chat).unwrap();
         let said: Vec<&str> =
             rendered.supervised.iter().map(|span| &rendered.text[span.clone()]).collect();
@@ -296,7 +301,8 @@ mod tests {
     #[test]
     fn templates_that_rewrite_the_past_are_refused() {
         let source = "{{ messages | length }}: {{ messages[-1].content }}{% if add_generation_prompt %}>{% endif %}";
-        let error = template(source).unwrap().render_spans(&chat(&[("user", "a"), ("assistant", "b")]));
+        let error =
+            template(source).unwrap().render_spans(&chat(&[("user", "a"), ("assistant", "b")]));
         assert_eq!(
             error.unwrap_err().to_string(),
             "chat_template.jinja: turn 2 does not begin where its generation prompt ends: this template cannot be trained on"
@@ -314,6 +320,9 @@ mod tests {
     #[test]
     fn python_methods_are_there() {
         let source = "{{ messages[0].content.strip().upper() }}";
-        assert_eq!(template(source).unwrap().render(&chat(&[("user", " a ")]), false).unwrap(), "A");
+        assert_eq!(
+            template(source).unwrap().render(&chat(&[("user", " a ")]), false).unwrap(),
+            "A"
+        );
     }
 }

@@ -94,7 +94,9 @@ impl Config {
                 .unwrap_or("float32")
                 .to_string(),
         };
-        if config.num_heads % config.num_kv_heads != 0 || config.head_dim % 2 != 0 {
+        if !config.num_heads.is_multiple_of(config.num_kv_heads)
+            || !config.head_dim.is_multiple_of(2)
+        {
             return Err(Error::Config {
                 path: origin.into(),
                 message: format!(

@@ -2,6 +2,12 @@
 
 use std::process::ExitCode;
 
+mod chat;
+mod histogram;
+mod parse;
+mod tokenised;
+mod tokenizer;
+
 fn main() -> ExitCode {
-    step::worker::main(&[])
+    step::worker::main(&[("dataset/chat", chat::run), ("dataset/tokenizer", tokenizer::run)])
 }
