@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+mod app;
+mod chat;
+mod licences;
+
 fn main() -> ExitCode {
-    step::worker::main(&[])
+    step::worker::main(&[("site/chat", chat::run)])
 }
