@@ -30,9 +30,9 @@ pub enum Error {
     EmptyPrompt,
     #[error("rows of {0} and {1} tokens in one batch")]
     Ragged(usize, usize),
-    /// From writing the graph of a plain model folder.
-    #[error("{message}")]
-    Export { class: step::Class, message: String, hint: Option<String> },
+    /// The graph of a plain model folder could not be written.
+    #[error(transparent)]
+    Export(#[from] graph::Error),
 }
 
 impl From<Error> for Failure {
@@ -54,7 +54,7 @@ impl From<Error> for Failure {
                 Failure::input(message)
             }
             Error::File { .. } | Error::Session { .. } => Failure::environment(message),
-            Error::Export { class, hint, .. } => Failure { class, message, hint },
+            Error::Export(inner) => inner.into(),
         }
     }
 }

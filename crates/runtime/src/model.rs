@@ -318,6 +318,15 @@ fn vocab(session: &Session, path: &Path) -> Result<usize, Error> {
     }
 }
 
-fn write_graph(_dir: &Path, _scratch: &Path) -> Result<PathBuf, Error> {
-    Err(Error::NotLoaded)
+/// The graph of a plain Hugging Face folder, in fp32.
+fn write_graph(dir: &Path, scratch: &Path) -> Result<PathBuf, Error> {
+    std::fs::create_dir_all(scratch)
+        .map_err(|e| Error::File { path: scratch.into(), message: e.to_string() })?;
+    let config = checkpoint::config::Config::read(dir).map_err(graph::Error::from)?;
+    let options = graph::Options {
+        dtype: graph::Dtype::Fp32,
+        max_positions: config.max_positions,
+        chunk: graph::CHUNK,
+    };
+    Ok(graph::write(dir, scratch, options, &mut |_, _| ())?.graph)
 }

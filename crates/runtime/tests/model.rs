@@ -20,7 +20,7 @@ const SMALL: Shape = Shape {
     layers: 2,
     heads: 4,
     kv_heads: 2,
-    head_dim: 8,
+    head_dim: 16,
     ffn: 48,
     tied: false,
     seed: 1,

@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+mod export;
+
 fn main() -> ExitCode {
-    step::worker::main(&[])
+    step::worker::main(&[("onnx/export", export::run)])
 }

@@ -1,0 +1,203 @@
+//! `onnx/export`: the graph, and around it the folder that Transformers.js expects.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use checkpoint::chat::Tokenizer;
+use checkpoint::config::Config;
+use onnx::export::{Dtype, Export};
+use serde_json::{Value, json};
+use step::Failure;
+use step::worker::{Job, Progress};
+
+pub fn run(job: &Job) -> Result<()> {
+    let params: Export = job.params()?;
+    let model = &job.input("model")?.path;
+    let config = Config::read(model).map_err(Failure::from)?;
+    let dtype = match params.dtype {
+        Dtype::Fp32 => graph::Dtype::Fp32,
+        Dtype::Q4 => graph::Dtype::Q4,
+        other => return Err(Failure::bug(format!("dtype {} is not built", other.name())).into()),
+    };
+    let max_positions = config.max_positions.min(params.max_positions as usize);
+    if max_positions < config.max_positions {
+        job.note(format!(
+            "the graph reads {max_positions} positions, the model {}; `max_positions` sets it",
+            config.max_positions
+        ));
+    }
+
+    let onnx = job.out().join("onnx");
+    std::fs::create_dir(&onnx).with_context(|| format!("cannot create {}", onnx.display()))?;
+    let options = graph::Options { dtype, max_positions, chunk: graph::CHUNK };
+    let written = graph::write(model, &onnx, options, &mut |done, total| {
+        job.progress(Progress {
+            phase: format!("writing {}", params.dtype.name()),
+            done: done as u64,
+            total: total as u64,
+            unit: "layers".into(),
+            values: Default::default(),
+        });
+    })
+    .map_err(Failure::from)?;
+
+    checkpoint::copy_companions(model, job.out()).map_err(Failure::from)?;
+    let graph_name = written.graph.file_name().expect("a graph has a name").to_string_lossy();
+    write_config(model, job.out(), params.dtype, &graph_name, written.chunks, max_positions)?;
+    write_generation_config(model, job.out())?;
+
+    let total = written.embedding + written.linear + written.other;
+    job.metric("bytes", total as f64);
+    job.metric("bits_per_weight", total as f64 * 8.0 / config.parameters() as f64);
+    for (part, bytes) in
+        [("embedding", written.embedding), ("linear", written.linear), ("other", written.other)]
+    {
+        job.metric(&format!("bytes_{part}"), bytes as f64);
+    }
+    Ok(())
+}
+
+/// The model's own config.json, with what Transformers.js wants to know of the graph beside it.
+fn write_config(
+    model: &Path,
+    out: &Path,
+    dtype: Dtype,
+    graph: &str,
+    chunks: usize,
+    max_positions: usize,
+) -> Result<()> {
+    let mut config = read(&model.join("config.json"))?;
+    config["max_position_embeddings"] = json!(max_positions);
+    config["transformers.js_config"] =
+        json!({ "dtype": dtype.name(), "use_external_data_format": { graph: chunks } });
+    write(&out.join("config.json"), &config)
+}
+
+/// The model's own generation_config.json, in which every token that ends an answer is named: the
+/// base's, and the end of a turn by the chat template.
+fn write_generation_config(model: &Path, out: &Path) -> Result<()> {
+    let path = model.join("generation_config.json");
+    let mut config = if path.exists() { read(&path)? } else { json!({}) };
+    let ends = match model.join("tokenizer.json").exists() {
+        true => Tokenizer::from_dir(model).map_err(Failure::from)?.end_ids(),
+        false => Vec::new(),
+    };
+    if !ends.is_empty() {
+        config["eos_token_id"] = json!(ends);
+    }
+    write(&out.join("generation_config.json"), &config)
+}
+
+fn read(path: &Path) -> Result<Value> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let value = serde_json::from_slice(&bytes);
+    Ok(value.map_err(|e| Failure::input(format!("{} is no JSON: {e}", path.display())))?)
+}
+
+fn write(path: &Path, value: &Value) -> Result<()> {
+    let text = serde_json::to_string_pretty(value)? + "\n";
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::PathBuf;
+
+    use checkpoint::names;
+    use checkpoint::weights::{Dtype as Stored, Spec, Writer};
+    use step::Kind;
+    use step::worker::{Input, Mode, Request};
+
+    use super::*;
+
+    /// A model folder whose weights are `value(i)`.
+    fn model(dir: &Path, value: impl Fn(usize) -> f32) -> PathBuf {
+        let dir = dir.join("model");
+        std::fs::create_dir_all(&dir).unwrap();
+        let config = json!({
+            "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+            "intermediate_size": 64, "vocab_size": 50, "tie_word_embeddings": true,
+            "max_position_embeddings": 128, "eos_token_id": 2
+        });
+        std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+        std::fs::write(dir.join("LICENSE"), "none").unwrap();
+        let config = Config::read(&dir).unwrap();
+        let specs = names::expected(&config)
+            .into_iter()
+            .map(|(name, shape)| Spec::new(name, Stored::F32, &shape))
+            .collect();
+        let mut writer = Writer::create(&dir.join("model.safetensors"), specs).unwrap();
+        for spec in writer.order() {
+            let data: Vec<u8> = (0..spec.size() / 4).flat_map(|i| value(i).to_le_bytes()).collect();
+            writer.write(&spec.name, &data).unwrap();
+        }
+        writer.finish().unwrap();
+        dir
+    }
+
+    fn export(dir: &Path, model: &Path, params: Value, out: &str) -> Result<PathBuf, String> {
+        let folder = |name: &str| {
+            let path = dir.join(name);
+            std::fs::create_dir_all(&path).unwrap();
+            path
+        };
+        let input = Input {
+            label: "merged".into(),
+            kind: Kind::Model,
+            path: model.into(),
+            origin: "merged".into(),
+        };
+        let request = Request {
+            format: 1,
+            step: "onnx/export".into(),
+            mode: Mode::Build,
+            params,
+            inputs: BTreeMap::from([("model".into(), vec![input])]),
+            out: folder(out),
+            report: folder("report"),
+            scratch: folder("scratch"),
+            tools: BTreeMap::new(),
+            threads: 1,
+        };
+        let out = request.out.clone();
+        run(&Job::new(request, std::io::sink())).map_err(|e| format!("{e:#}"))?;
+        Ok(out)
+    }
+
+    fn wave(i: usize) -> f32 {
+        (i as f32 * 0.37).sin()
+    }
+
+    #[test]
+    fn the_folder_is_what_transformers_js_expects() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = model(dir.path(), wave);
+        let params = json!({"dtype": "q4", "max_positions": 64});
+        let out = export(dir.path(), &model, params.clone(), "out").unwrap();
+        let config = read(&out.join("config.json")).unwrap();
+        assert_eq!(
+            config["transformers.js_config"]["use_external_data_format"],
+            json!({"model_q4.onnx": 1})
+        );
+        assert_eq!(config["max_position_embeddings"], 64);
+        assert!(out.join("LICENSE").exists());
+        let again = export(dir.path(), &model, params, "again").unwrap();
+        for name in ["onnx/model_q4.onnx", "onnx/model_q4.onnx_data", "generation_config.json"] {
+            let [a, b] = [&out, &again].map(|d| std::fs::read(d.join(name)).unwrap());
+            assert_eq!(a, b, "{name}");
+        }
+    }
+
+    #[test]
+    fn infinite_weights_are_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = model(dir.path(), |i| if i == 7 { f32::INFINITY } else { 0.1 });
+        let error = export(dir.path(), &model, json!({"dtype": "q4", "max_positions": 64}), "out");
+        assert_eq!(
+            error.unwrap_err(),
+            "tensor `model.embed_tokens.weight` holds a value that is no number, or infinite: it cannot be exported"
+        );
+    }
+}
