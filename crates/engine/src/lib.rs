@@ -24,6 +24,7 @@ use step::{Action, ActionKey, ActionResult, Failure};
 use store::Store;
 
 pub use event::Event;
+pub use execute::Built;
 pub use plan::{Blocked, Plan, Planned, Stale, Status};
 pub use resolve::{DEFAULT_RECIPE, Graph, Input, Node, Origin, Registry, Resolver};
 pub use target::TargetId;
