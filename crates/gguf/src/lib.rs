@@ -1,1 +1,10 @@
 //! Steps that export GGUF models for llama.cpp.
+//!
+//! The light half: parameters only.
+
+use step::{Family, StepDef};
+
+pub mod export;
+
+pub static FAMILY: Family =
+    Family { name: "gguf", steps: &[StepDef::of::<export::Export>()], build_tools: &[] };

@@ -2,6 +2,15 @@
 
 use std::process::ExitCode;
 
+mod encode;
+mod export;
+mod format;
+mod tensors;
+mod tokenizer;
+
+#[cfg(test)]
+mod tests;
+
 fn main() -> ExitCode {
-    step::worker::main(&[])
+    step::worker::main(&[("gguf/export", export::run)])
 }

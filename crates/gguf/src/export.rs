@@ -1,0 +1,129 @@
+//! `gguf/export`: a model as one GGUF file, tokenizer and chat template inside.
+//!
+//! It is written from the checkpoint's own bits: nothing is rounded twice.
+
+use serde::{Deserialize, Serialize};
+use step::{InputDef, Kind, Known, Step, Unsupported};
+
+/// The parameters of `gguf/export`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Export {
+    /// The type of the matrices; vectors are always F32.
+    #[serde(default)]
+    pub quant: Quant,
+}
+
+/// llama.cpp's names, as users of its quantisation tool know them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Quant {
+    F32,
+    #[default]
+    F16,
+    BF16,
+    #[serde(rename = "Q8_0")]
+    Q8,
+    #[serde(rename = "Q4_0")]
+    Q4,
+    #[serde(rename = "Q5_0")]
+    Q5,
+    #[serde(rename = "Q4_K_M")]
+    Q4KM,
+    #[serde(rename = "Q5_K_M")]
+    Q5KM,
+    #[serde(rename = "Q6_K")]
+    Q6K,
+}
+
+impl Quant {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Quant::F32 => "F32",
+            Quant::F16 => "F16",
+            Quant::BF16 => "BF16",
+            Quant::Q8 => "Q8_0",
+            Quant::Q4 => "Q4_0",
+            Quant::Q5 => "Q5_0",
+            Quant::Q4KM => "Q4_K_M",
+            Quant::Q5KM => "Q5_K_M",
+            Quant::Q6K => "Q6_K",
+        }
+    }
+
+    /// Whether this version writes it.
+    pub const fn built(self) -> bool {
+        matches!(self, Quant::F32 | Quant::F16 | Quant::BF16 | Quant::Q8)
+    }
+}
+
+impl Step for Export {
+    const NAME: &'static str = "gguf/export";
+    const ABOUT: &'static str = "A model as one GGUF file, for llama.cpp.";
+    const INPUTS: &'static [InputDef] = &[InputDef::one("model", &[Kind::Model])];
+    const OUTPUT: Kind = Kind::GgufModel;
+
+    fn supports(&self, inputs: &Known) -> Result<(), Unsupported> {
+        if !self.quant.built() {
+            return Err(Unsupported {
+                what: format!("quant {}", self.quant.name()),
+                built: "F32, F16, BF16 and Q8_0 are".into(),
+            });
+        }
+        for input in inputs.values().flatten() {
+            if let Some(architecture) = &input.facts.architecture
+                && !checkpoint::supports(architecture)
+            {
+                return Err(Unsupported {
+                    what: format!("architecture {architecture}"),
+                    built: format!("{} is", checkpoint::ARCHITECTURES.join(", ")),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use step::{Facts, StepDef};
+
+    const DEF: StepDef = StepDef::of::<Export>();
+
+    fn plan(quant: &str, architecture: &str) -> Result<(), String> {
+        let serde_json::Value::Object(params) = json!({"quant": quant}) else { unreachable!() };
+        let params = (DEF.resolve)(params).map_err(|e| e.to_string())?;
+        let input = step::definition::KnownInput {
+            label: "m".into(),
+            kind: Kind::Model,
+            facts: Facts { architecture: Some(architecture.into()) },
+        };
+        (DEF.supports)(&params, &Known::from([("model".into(), vec![input])]))
+            .map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        for built in ["F32", "F16", "BF16", "Q8_0"] {
+            assert_eq!(plan(built, "llama"), Ok(()));
+        }
+        for (quant, architecture, message) in [
+            ("Q4_0", "llama", "quant Q4_0 is not built yet: F32, F16, BF16 and Q8_0 are"),
+            ("Q4_K_M", "llama", "quant Q4_K_M is not built yet: F32, F16, BF16 and Q8_0 are"),
+            ("F16", "gemma3_text", "architecture gemma3_text is not built yet: llama is"),
+        ] {
+            assert_eq!(plan(quant, architecture).unwrap_err(), message);
+        }
+        assert!(plan("Q9", "llama").unwrap_err().contains("unknown variant `Q9`"));
+    }
+
+    #[test]
+    fn names_are_what_recipes_say() {
+        for quant in ["Q5_0", "Q5_K_M", "Q6_K", "Q8_0", "BF16"] {
+            let parsed: Quant = serde_json::from_value(json!(quant)).unwrap();
+            assert_eq!(parsed.name(), quant);
+        }
+        assert_eq!((DEF.resolve)(Default::default()), Ok(json!({"quant": "F16"})));
+    }
+}
