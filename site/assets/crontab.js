@@ -113,16 +113,18 @@ function describeDays({ day, month, weekday }) {
   const onDay = day.every
     ? `on every ${ordinal(day.every)} day`
     : `on the ${list(runs(day.values, ordinal))}`;
-  const onWeekday = `on ${list(weekdays(weekday.values))}`;
+  const named = list(weekdays(weekday.values));
+  const onWeekday = / to /.test(named) ? named : `on ${named}`;
   // Cron fires when either matches, unless one of them begins with a star.
   if (!anyDay && !anyWeekday) {
     const both = day.star || weekday.star;
-    parts.push(both ? `${onDay} if it is ${onWeekday.slice(3)}` : `${onDay} and also ${onWeekday}`);
+    parts.push(both ? `${onDay} if it is ${named}` : `${onDay} and also ${onWeekday}`);
   } else if (!anyDay) parts.push(onDay);
   else if (!anyWeekday) parts.push(onWeekday);
   if (month.every !== 1) {
     const months = list(runs(month.values, (n) => MONTHS[n - 1]));
-    parts.push(!anyDay && anyWeekday && !day.every ? `of ${months}` : `in ${months}`);
+    const word = !anyDay && anyWeekday && !day.every ? 'of' : / to /.test(months) ? 'from' : 'in';
+    parts.push(`${word} ${months}`);
   } else if (!anyDay && anyWeekday && !day.every) parts.push('of every month');
   if (parts.length && anyDay && anyWeekday) parts.unshift('every day');
   return parts.join(' ');

@@ -3,6 +3,7 @@
 import { card, el, rate } from './conversation.js';
 import { Engine, chooseDevice, chooseThreads } from './engine.js';
 import { bytes, fill } from './made.js';
+import { mark, read, write } from './memory.js';
 
 const $ = (id) => document.getElementById(id);
 const query = new URLSearchParams(location.search);
@@ -20,6 +21,8 @@ window.anneal = {
 };
 
 let site, engine;
+let busy = 0;
+const turns = [];
 
 if (await isolate()) {
   try {
@@ -32,8 +35,9 @@ if (await isolate()) {
 /** Where the host sends no isolation headers a service worker does; that takes one reload. */
 async function isolate() {
   const key = 'anneal:isolating';
-  if (self.crossOriginIsolated || !navigator.serviceWorker || read(sessionStorage, key)) {
-    write(sessionStorage, key, null);
+  const session = () => sessionStorage;
+  if (self.crossOriginIsolated || !navigator.serviceWorker || read(session, key)) {
+    write(session, key, null);
     return true;
   }
   try {
@@ -42,7 +46,7 @@ async function isolate() {
   } catch {
     return true;
   }
-  write(sessionStorage, key, 'yes');
+  write(session, key, 'yes');
   location.reload();
   return false;
 }
@@ -72,7 +76,7 @@ async function start() {
   $('stop').addEventListener('click', () => engine.stop());
 
   engine = new Engine(site);
-  if (mark.died()) await offerAgain();
+  if (mark.died() && !query.has('threads')) await offerAgain();
   await load();
 }
 
@@ -117,9 +121,6 @@ function loading({ type, done, total }) {
     $('phase').textContent = 'Warming up';
   }
 }
-
-let busy = 0;
-const turns = [];
 
 /** Asks and shows. A crontab line is a question for itself; a conversation goes on. */
 async function ask(question, { alone = site.answer === 'crontab' } = {}) {
@@ -188,41 +189,4 @@ function offerAgain() {
       resolve();
     });
   });
-}
-
-// Set while a model loads. A tab that is left clears it; one that is killed cannot.
-const mark = {
-  key: 'anneal:loading',
-  set() {
-    write(localStorage, this.key, String(Date.now()));
-    addEventListener('pagehide', this.clear);
-  },
-  clear() {
-    write(localStorage, mark.key, null);
-    removeEventListener('pagehide', mark.clear);
-  },
-  /** Asked for by `?threads=`, loading is what the visitor wants. */
-  died() {
-    const at = Number(read(localStorage, this.key));
-    this.clear();
-    return at > 0 && Date.now() - at < 24 * 3600_000 && !query.has('threads');
-  },
-};
-
-// Storage may be switched off, and then throws.
-function read(storage, key) {
-  try {
-    return storage.getItem(key);
-  } catch {
-    return null;
-  }
-}
-
-function write(storage, key, value) {
-  try {
-    if (value === null) storage.removeItem(key);
-    else storage.setItem(key, value);
-  } catch {
-    // Then it is not remembered.
-  }
 }
