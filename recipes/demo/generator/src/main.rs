@@ -2,6 +2,7 @@
 //! It does not know who trains on them.
 
 mod clock;
+mod day_words;
 mod days;
 mod files;
 mod frames;

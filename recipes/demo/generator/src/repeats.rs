@@ -1,7 +1,7 @@
 //! Schedules that repeat within a day, and how people say them.
 //! They do not know on which days.
 
-use crate::days::Wording;
+use crate::day_words::Wording;
 use crate::rng::Rng;
 use crate::template::{fill, vary};
 use crate::words::{number, short_ordinal, some_number};
