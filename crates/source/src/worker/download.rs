@@ -5,7 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Component, Path};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -41,6 +41,15 @@ impl Wanted {
 
 /// Fetches all of `wanted` into the job's output.
 pub fn all(job: &Job, wanted: &[Wanted]) -> anyhow::Result<()> {
+    for one in wanted {
+        // What lies outside names it: it must not lead out of the output.
+        let inside = Path::new(&one.name).components().all(|c| matches!(c, Component::Normal(_)));
+        if !inside || one.name.is_empty() {
+            return Err(Failure::input(format!("`{}` is no name for a file", one.name))
+                .hint("a repository that names files so is not to be trusted")
+                .into());
+        }
+    }
     let total: u64 = wanted.iter().map(|w| w.pin.size).sum();
     let done = AtomicU64::new(0);
     let next = AtomicUsize::new(0);
