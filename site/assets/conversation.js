@@ -121,7 +121,7 @@ function away(milliseconds) {
   const format = new Intl.RelativeTimeFormat('en', { numeric: 'always' });
   const minutes = Math.round(milliseconds / 60_000);
   if (minutes < 100) return format.format(Math.max(minutes, 1), 'minute');
-  if (minutes < 48 * 60) return format.format(Math.round(minutes / 60), 'hour');
+  if (minutes < 36 * 60) return format.format(Math.round(minutes / 60), 'hour');
   const days = Math.round(minutes / 1440);
   return days < 120 ? format.format(days, 'day') : format.format(Math.round(days / 30.44), 'month');
 }

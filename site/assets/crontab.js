@@ -19,8 +19,8 @@ export const FIELDS = [
 export function parse(line) {
   const words = line.trim().split(/\s+/).filter(Boolean);
   if (words.length !== 5) {
-    const count = ['no field', 'one field', 'two fields', 'three fields', 'four fields'][words.length];
-    return { error: `a crontab line has five fields, this has ${count ?? words.length}` };
+    const count = ['none', 'one', 'two', 'three', 'four'][words.length] ?? words.length;
+    return { error: `five fields are needed, this has ${count}` };
   }
   const fields = [];
   for (const [i, spec] of FIELDS.entries()) {
@@ -122,9 +122,10 @@ function describeDays({ day, month, weekday }) {
   } else if (!anyDay) parts.push(onDay);
   else if (!anyWeekday) parts.push(onWeekday);
   if (month.every !== 1) {
-    const months = list(runs(month.values, (n) => MONTHS[n - 1]));
-    const word = !anyDay && anyWeekday && !day.every ? 'of' : / to /.test(months) ? 'from' : 'in';
-    parts.push(`${word} ${months}`);
+    const months = runs(month.values, (n) => MONTHS[n - 1]);
+    const range = months.length === 1 && / to /.test(months[0]);
+    const word = !anyDay && anyWeekday && !day.every ? 'of' : range ? 'from' : 'in';
+    parts.push(`${word} ${list(months)}`);
   } else if (!anyDay && anyWeekday && !day.every) parts.push('of every month');
   if (parts.length && anyDay && anyWeekday) parts.unshift('every day');
   return parts.join(' ');

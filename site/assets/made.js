@@ -4,7 +4,6 @@ import { el } from './conversation.js';
 
 const NAMES = {
   exact_match: 'exactly right',
-  exact_match_drop: 'drop',
   same_answers: 'same answers',
   top1_agreement: 'same top token',
   same_tokens: 'same tokens',
@@ -14,7 +13,7 @@ const NAMES = {
   bits_per_token: 'bits per token',
   kl: 'divergence',
 };
-const KINDS = { model: 'full precision', 'onnx-model': 'ONNX', 'gguf-model': 'GGUF' };
+const KINDS = { model: 'safetensors', 'onnx-model': 'ONNX', 'gguf-model': 'GGUF' };
 const SHARES = /^(exact_match|same_answers|same_tokens|top1_agreement)$/;
 
 export function fill(section, site) {
@@ -26,8 +25,9 @@ export function fill(section, site) {
 
 function results(report, label) {
   const order = (report.order ?? Object.keys(report.models)).filter((m) => report.models[m]);
+  // How far a figure drops can be seen.
   const columns = (report.figures ?? figuresOf(report, order)).filter((figure) =>
-    order.some((m) => typeof report.models[m][figure] === 'number'));
+    !figure.endsWith('_drop') && order.some((m) => typeof report.models[m][figure] === 'number'));
   const [main] = columns;
   const bars = order.every((m) => share(main, report.models[m][main] ?? 0));
   const head = el('tr', {}, el('th', { scope: 'col' }, 'model'),
@@ -37,23 +37,22 @@ function results(report, label) {
     const model = report.models[name];
     const here = name === label;
     const about = here ? 'on this page' : KINDS[model.kind];
-    const cells = columns.map((figure, i) => {
-      const cell = el('td.number', {}, show(figure, model[figure]));
-      if (i === 0 && bars) cell.prepend(bar(model[figure] ?? 0));
-      return cell;
-    });
+    const cells = columns.map((figure, i) => el('td.number', {},
+      i === 0 && bars ? bar(model[figure] ?? 0) : null,
+      el('span.figure', {}, show(figure, model[figure]))));
     return el(here ? 'tr.here' : 'tr', {},
       el('th', { scope: 'row' }, name, about ? el('span.about', {}, about) : null),
       ...cells, el('td.number', {}, bytes(model.size_bytes)));
   });
-  const caption = el('caption', {}, sentence(report));
-  return el('div.scroll', { tabindex: '0', role: 'group', 'aria-label': report.label },
-    el('table.results', {}, caption, el('thead', {}, head), el('tbody', {}, ...rows)));
+  const id = `report-${report.label}`;
+  return el('div.report', {}, el('p', { id }, sentence(report)),
+    el('div.scroll', { tabindex: '0', role: 'group', 'aria-labelledby': id },
+      el('table.results', {}, el('thead', {}, head), el('tbody', {}, ...rows))));
 }
 
 function sentence({ step, rows, split }) {
   const asked = rows ? `${rows.toLocaleString('en')} rows of the ${split ?? 'test'} split` : 'Held-out rows';
-  if (step === 'eval/exact-match') return `${asked}, none of them seen in training, answered greedily.`;
+  if (step === 'eval/exact-match') return `${asked}, answered greedily. Right is the expected answer to the letter.`;
   if (step === 'eval/perplexity') return `${asked}: how likely each model finds the answers.`;
   return `${asked}, ${step}.`;
 }
@@ -68,7 +67,6 @@ const share = (figure, value) => SHARES.test(figure) && value >= 0 && value <= 1
 function show(figure, value) {
   if (typeof value !== 'number') return '–';
   if (share(figure, value)) return `${(100 * value).toFixed(1)} %`;
-  if (figure.endsWith('_drop')) return `${(100 * value).toFixed(1)} pt`;
   return Number(value.toPrecision(4)).toString();
 }
 
@@ -96,7 +94,8 @@ function files({ model, vendor }) {
   const head = el('tr', {}, el('th', { scope: 'col' }, 'file'),
     el('th.number', { scope: 'col' }, 'size'), el('th', { scope: 'col' }, 'BLAKE3'));
   return el('details', {}, el('summary', {}, 'The files, by digest'),
-    el('p.note', {}, 'A file’s digest is its name in the build’s store: the same inputs give these same bytes again.'),
+    el('p.note', {}, 'A digest is a file’s name in the store of the build. The same inputs give the same bytes again; '
+      + 'the model as a whole is ', el('span.digest', { title: model.digest }, model.digest.slice(0, 16)), '.'),
     el('div.scroll', { tabindex: '0', role: 'group', 'aria-label': 'Files' },
       el('table.files', {}, el('thead', {}, head), el('tbody', {}, ...rows))));
 }

@@ -7,7 +7,7 @@ import { mark, read, write } from './memory.js';
 
 const $ = (id) => document.getElementById(id);
 const query = new URLSearchParams(location.search);
-const state = { device: null, threads: 1, other: null, speed: null, ready: null, asked: [] };
+const state = { device: null, threads: 1, other: null, speed: null, ready: null };
 
 // What tests and the curious use: `await anneal.ready; await anneal.ask('every day at noon')`.
 const ready = new Promise((resolve, reject) => (state.ready = { resolve, reject }));
@@ -99,6 +99,7 @@ async function load() {
 
 async function loadOn(choice, threads) {
   $('loading').hidden = false;
+  $('trouble').hidden = true;
   mark.set();
   try {
     const loaded = await engine.load({ ...choice, threads }, loading);
@@ -151,9 +152,9 @@ async function ask(question, { alone = site.answer === 'crontab' } = {}) {
 function status() {
   const device = state.device === 'webgpu' ? 'WebGPU' : 'WASM';
   const threads = state.threads === 1 ? '1 thread' : `${state.threads} threads`;
-  const size = site.model.files.reduce((sum, file) => sum + file.bytes, 0);
+  $('status').hidden = false;
   const facts = [
-    `${site.model.label}, ${bytes(size)}`,
+    `${site.model.label}, ${bytes(site.model.bytes)}`,
     state.device === 'webgpu' ? device : `${device}, ${threads}`,
     self.crossOriginIsolated ? 'isolated' : 'not isolated',
     state.speed === null ? null : rate(state.speed),
@@ -184,9 +185,6 @@ function offerAgain() {
   $('trouble').replaceChildren(text, el('p', {}, again, ' or ', lighter));
   $('trouble').hidden = false;
   return new Promise((resolve) => {
-    again.addEventListener('click', () => {
-      $('trouble').hidden = true;
-      resolve();
-    });
+    again.addEventListener('click', resolve);
   });
 }

@@ -16,6 +16,7 @@ const WORDS = {
   '30 9 1 * *': 'At 09:30, on the 1st of every month.',
   '0 0 25 12 *': 'At 00:00, on the 25th of December.',
   '5 4 * 1-3 *': 'At 04:05, every day from January to March.',
+  '5 4 * 1-3,6 2': 'At 04:05, on Tuesday in January to March and June.',
   '0 12 13 * 5': 'At 12:00, on the 13th and also on Friday.',
   '0 12 13 * 1-5': 'At 12:00, on the 13th and also Monday to Friday.',
   '0 12 * jan mon': 'At 12:00, on Monday in January.',
@@ -30,9 +31,9 @@ for (const [line, words] of Object.entries(WORDS)) {
 }
 
 const WRONG = {
-  '': 'a crontab line has five fields, this has no field',
-  '0 9 * *': 'a crontab line has five fields, this has four fields',
-  '0 9 * * * *': 'a crontab line has five fields, this has 6',
+  '': 'five fields are needed, this has none',
+  '0 9 * *': 'five fields are needed, this has four',
+  '0 9 * * * *': 'five fields are needed, this has 6',
   '60 9 * * *': '`60` is no minute: minutes go from 0 to 59',
   '0 24 * * *': '`24` is no hour: hours go from 0 to 23',
   '0 9 0 * *': '`0` is no day: days go from 1 to 31',
