@@ -144,8 +144,8 @@ impl Schedule {
             (on_days, within) = (rng.percent(20), false);
         }
         let hours = within.then(|| {
-            let from = rng.within(5, 17);
-            let shortest = if let Repeat::Hours(step) = repeat { step.min(4) } else { 1 };
+            let from = rng.within(5, if matches!(repeat, Repeat::Hours(_)) { 10 } else { 17 });
+            let shortest = if let Repeat::Hours(step) = repeat { step } else { 1 };
             (from, rng.within(from + shortest, 22))
         });
         let wording = repeats::wording(repeat);
