@@ -31,6 +31,8 @@ pub enum Stage {
 /// Packages whose real work is behind features: name, features, tools needed to compile it.
 const WORKERS: &[(&str, &str, &[&str])] = &[
     ("checkpoint", "weights,chat", &[]),
+    ("runtime", "worker", &["onnxruntime"]),
+    ("llamacpp", "engine", &["cmake", "libclang"]),
     ("source", "worker", &[]),
     ("dataset", "worker", &[]),
     ("train", "worker", &["libtorch"]),
@@ -92,7 +94,7 @@ fn run_stage(sh: &Shell, root: &Path, stage: Stage) -> anyhow::Result<()> {
                 cmd!(sh, "cargo test --locked --release --quiet --package {package} --features {features}").run()?;
             }
         }
-        Stage::Demo => cmd!(sh, "cargo test --locked --quiet --package xtask --test demo -- --include-ignored --nocapture").run()?,
+        Stage::Demo => cmd!(sh, "cargo test --locked --package xtask --features demo --test demo -- --test-threads 1").run()?,
         Stage::Interop => cmd!(sh, "bash tests/interop/run.sh").run()?,
         Stage::Browser => cmd!(sh, "bash tests/browser/run.sh").run()?,
     }
