@@ -31,6 +31,7 @@ export class Engine {
   #worker;
   #stop = self.crossOriginIsolated ? new Int32Array(new SharedArrayBuffer(4)) : null;
   #turn = Promise.resolve();
+  #waiting = new Set();
   #current = null;
 
   constructor(site) {
@@ -70,7 +71,13 @@ export class Engine {
 
   /** Answers `{ text, ids, tokensPerSecond, stopped }`; `onText` gets all the text so far. */
   ask(messages, onText) {
-    const answer = this.#turn.then(() => this.#ask(messages, onText));
+    const ticket = { stopped: false };
+    this.#waiting.add(ticket);
+    const answer = this.#turn.then(() => {
+      this.#waiting.delete(ticket);
+      if (ticket.stopped) return { text: '', ids: [], tokensPerSecond: 0, stopped: true };
+      return this.#ask(messages, onText);
+    });
     this.#turn = answer.catch(() => {});
     return answer;
   }
@@ -97,10 +104,11 @@ export class Engine {
   }
 
   /**
-   * Ends the answer under way. A busy worker reads no messages, only shared memory; where there is
+   * Ends the answer under way, and lets go of those that wait. A busy worker reads no messages, only shared memory; where there is
    * none, it is replaced by another.
    */
   async stop() {
+    for (const ticket of this.#waiting) ticket.stopped = true;
     const current = this.#current;
     if (!current) return;
     current.stopped = true;
@@ -110,8 +118,8 @@ export class Engine {
     }
     const { tell, ...load } = this.#load;
     const loaded = this.load(load, tell);
-    // The next question waits for it.
-    this.#turn = loaded.catch(() => {});
+    // Later questions wait for it.
+    this.#turn = Promise.all([this.#turn, loaded]).catch(() => {});
     current.resolve({ text: current.text, ids: [], tokensPerSecond: 0, stopped: true });
     await loaded;
   }
