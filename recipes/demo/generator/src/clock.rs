@@ -139,11 +139,12 @@ pub fn phrase(rng: &mut Rng, clock: Clock) -> String {
             ways.push((format!("{spoken} {part}"), 40));
             ways.push((format!("{spoken} {half}"), 14));
             if (1..=11).contains(&hour) {
-                ways.push((spoken, 16));
+                ways.push((spoken.clone(), 16));
             }
-            if minute == 30 && (hour == 0 || hour == 12) {
+            if minute <= 30 && (hour == 0 || hour == 12) {
                 let name = if hour == 0 { "midnight" } else { "noon" };
-                ways.push((format!("half past {name}"), 10));
+                let (past, _) = spoken.rsplit_once(' ').unwrap_or_default();
+                ways.push((format!("{past} {name}"), 25));
             }
         }
     }

@@ -61,7 +61,16 @@ pub const AROUND: &[(&str, u32)] = &[
     ("have the server {A} ~", 3),
     ("get {N} going ~", 2),
     ("let it run ~", 3),
-    ("every time, {A} ~", 1),
+    ("{N} (needs to|must|will|is supposed to) (run|start|happen) ~", 8),
+    ("(I|we) {A} ~", 8),
+    ("(I'd|we'd|I would|we would) like {N} ~", 4),
+    ("(remind|tell|ask) (the team|us|everyone|Anna|my son) to {A} ~", 5),
+    ("let's {A} ~", 3),
+    ("{N} (is|comes|begins) ~", 4),
+    ("~ I {A}", 3),
+    ("~ {N}", 5),
+    ("(the|our|this) (service|script|program|bot|app) {S} ~", 5),
+    ("{A} for me ~", 3),
 ];
 pub const AROUND_HELD_OUT: &[(&str, u32)] = &[
     ("it would be good to {A} ~", 2),

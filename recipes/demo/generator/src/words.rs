@@ -284,18 +284,122 @@ const EVENTS: &[&str] = &[
     "a cleanup job",
 ];
 
+const ADJECTIVES: &[&str] = &[
+    "old",
+    "new",
+    "main",
+    "staging",
+    "customer",
+    "user",
+    "local",
+    "remote",
+    "shared",
+    "public",
+    "test",
+    "error",
+    "web",
+    "mail",
+    "big",
+    "small",
+    "red",
+    "daily",
+    "weekly",
+    "cloud",
+    "home",
+    "project",
+    "system",
+    "access",
+    "second",
+    "production",
+    "internal",
+    "spare",
+    "office",
+];
+const NOUNS: &[&str] = &[
+    "folder",
+    "table",
+    "backups",
+    "account",
+    "list",
+    "page",
+    "report",
+    "feed",
+    "machine",
+    "pipeline",
+    "stats",
+    "records",
+    "sessions",
+    "tokens",
+    "cluster",
+    "robot",
+    "camera",
+    "pump",
+    "window",
+    "messages",
+    "letters",
+    "catalog",
+    "branch",
+    "archive",
+    "key",
+    "room",
+    "summary",
+    "audit",
+    "snapshot",
+    "album",
+    "fish",
+    "lamp",
+    "song",
+    "tickets",
+    "charts",
+    "videos",
+    "container",
+];
+const TAILS: &[&str] = &[
+    "to the team",
+    "to my boss",
+    "to S3",
+    "to Slack",
+    "to the cloud",
+    "for everyone",
+    "on my phone",
+    "for the customers",
+    "from the other server",
+    "with the new tool",
+    "by email",
+    "in the office",
+    "on the main site",
+    "at home",
+    "for the kids",
+    "with Ben",
+    "and the logs",
+    "of the shop",
+];
+
+fn object(rng: &mut Rng) -> String {
+    if rng.percent(60) {
+        return (*rng.choose(OBJECTS)).to_owned();
+    }
+    let whose = rng.choose(&["the", "the", "our", "my"]);
+    if rng.percent(30) {
+        format!("{whose} {}", rng.choose(NOUNS))
+    } else {
+        format!("{whose} {} {}", rng.choose(ADJECTIVES), rng.choose(NOUNS))
+    }
+}
+
 /// `send the report`
 pub fn action(rng: &mut Rng) -> String {
-    if rng.percent(35) {
+    let action = if rng.percent(35) {
         (*rng.choose(ERRANDS)).to_owned()
     } else {
-        format!("{} {}", rng.choose(VERBS), rng.choose(OBJECTS))
-    }
+        format!("{} {}", rng.choose(VERBS), object(rng))
+    };
+    if rng.percent(12) { format!("{action} {}", rng.choose(TAILS)) } else { action }
 }
 
 /// `sends the report`
 pub fn action_third_person(rng: &mut Rng) -> String {
-    let (verb, object) = (*rng.choose(VERBS), *rng.choose(OBJECTS));
+    let (verb, object) = (*rng.choose(VERBS), object(rng));
     let (first, rest) = verb.split_once(' ').unwrap_or((verb, ""));
     let first = match first {
         "copy" => "copies".to_owned(),
@@ -308,7 +412,7 @@ pub fn action_third_person(rng: &mut Rng) -> String {
 
 /// `the backup`
 pub fn event(rng: &mut Rng) -> String {
-    (*rng.choose(EVENTS)).to_owned()
+    if rng.percent(80) { (*rng.choose(EVENTS)).to_owned() } else { object(rng) }
 }
 
 #[test]
