@@ -24,6 +24,7 @@ export function card(log, kind, question) {
   else log.append(item);
   const view = kind === 'crontab' ? crontab(body) : plain(body);
   view.update('');
+  if (kind !== 'crontab') item.scrollIntoView({ block: 'nearest' });
   return {
     update(text) {
       meta.textContent = 'answering';
@@ -65,10 +66,32 @@ function copy(text) {
 function plain(body) {
   const text = el('p.text');
   body.append(text);
-  return {
-    update: (so) => (text.textContent = so),
-    finish: (all) => (text.textContent = all),
+  const show = (all) => {
+    const followed = hiddenBy(body) < 40;
+    text.textContent = all;
+    if (followed) scrollBy(0, Math.max(hiddenBy(body), 0));
   };
+  // A long answer comes faster than the page can be laid out: once a frame is enough.
+  let latest = null;
+  const frame = () => {
+    if (latest !== null) show(latest);
+    latest = null;
+  };
+  return {
+    update(all) {
+      if (latest === null) requestAnimationFrame(frame);
+      latest = all;
+    },
+    finish(all) {
+      latest = null;
+      show(all);
+    },
+  };
+}
+
+/** How many pixels of an answer are below the form that stands at the window's end. */
+function hiddenBy(body) {
+  return body.getBoundingClientRect().bottom - document.getElementById('ask').getBoundingClientRect().top + 24;
 }
 
 /** The line in its five fields, in words, and when it fires next. */
