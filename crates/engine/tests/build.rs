@@ -31,6 +31,7 @@ demo_step!(Upper, "demo/upper");
 demo_step!(Lines, "demo/lines");
 demo_step!(Fail, "demo/fail");
 demo_step!(Slow, "demo/slow");
+demo_step!(Full, "demo/full");
 
 static FAMILY: Family = Family {
     name: "demo",
@@ -39,6 +40,7 @@ static FAMILY: Family = Family {
         StepDef::of::<Lines>(),
         StepDef::of::<Fail>(),
         StepDef::of::<Slow>(),
+        StepDef::of::<Full>(),
     ],
     build_tools: &[],
 };
@@ -99,7 +101,12 @@ impl Workspace {
     fn build_with(&self, target: &str, on: &mut dyn FnMut(&Event)) -> Result<Vec<String>, String> {
         let engine = self.engine();
         let mut resolver = engine.resolver();
-        let show = |e: engine::Error| e.to_string();
+        let show = |error: engine::Error| match error {
+            engine::Error::Failure(step::Failure { message, hint: Some(hint), .. }) => {
+                format!("{message}\nhint: {hint}")
+            }
+            other => other.to_string(),
+        };
         let wanted = resolver.expand(&[target.to_string()]).map_err(show)?;
         let graph = resolver.graph(&wanted).map_err(show)?;
         let built = engine.build(&graph, &mut |event| on(&event)).map_err(show)?;
@@ -178,7 +185,10 @@ fn an_input_that_changes_while_the_step_runs_is_not_cached() {
             }
         })
         .unwrap_err();
-    assert_eq!(error, "r/s: recipes/rows.txt changed while the step ran; its result is not kept");
+    assert_eq!(
+        error,
+        "r/s: recipes/rows.txt changed while the step ran; its result is not kept\nhint: build again once the file is at rest"
+    );
     assert_eq!(w.build("r/s").unwrap(), ["s"]);
     assert_eq!(w.output("s"), "changed\n");
 }
@@ -210,7 +220,10 @@ fn a_lost_or_corrupt_file_is_made_again() {
 fn a_failure_keeps_what_was_made_before_it() {
     let recipe = "[a]\nstep = \"demo/lines\"\ntext = \"./rows.txt\"\n[b]\nstep = \"demo/fail\"\ntext = \"a\"\n";
     let w = Workspace::new(recipe);
-    assert_eq!(w.build("r/b").unwrap_err(), "r/b: rows.txt:3: no verb in this sentence");
+    assert_eq!(
+        w.build("r/b").unwrap_err(),
+        "r/b: rows.txt:3: no verb in this sentence\nhint: write one"
+    );
     assert!(matches!(w.status("r/b")["a"], Status::Cached(_)));
 }
 
@@ -266,6 +279,7 @@ fn mistakes_are_shown_at_their_place() {
             "cycle",
             "[a]\nstep = \"demo/upper\"\ntext = \"b\"\n[b]\nstep = \"demo/upper\"\ntext = \"a\"\n",
         ),
+        ("no_disk_space", "[a]\nstep = \"demo/full\"\ntext = \"./rows.txt\"\n"),
     ];
     let mut all = String::new();
     for (name, recipe) in cases {

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context;
 use step::Failure;
 use step::worker::Job;
 
@@ -12,6 +13,7 @@ fn main() -> ExitCode {
         ("demo/lines", lines),
         ("demo/fail", fail),
         ("demo/slow", slow),
+        ("demo/full", full),
     ])
 }
 
@@ -44,6 +46,11 @@ fn slow(job: &Job) -> anyhow::Result<()> {
     std::fs::write(job.scratch().join("checkpoint"), "1")?;
     std::thread::sleep(Duration::from_millis(400));
     Ok(std::fs::write(&out, text)?)
+}
+
+/// Writes to the device that is always full.
+fn full(_: &Job) -> anyhow::Result<()> {
+    std::fs::write("/dev/full", "text").context("cannot write /dev/full")
 }
 
 fn read(job: &Job, input: &str) -> anyhow::Result<String> {
