@@ -137,7 +137,10 @@ mod tests {
         block[30] = -31.75;
         block[31] = 10.0;
         let bytes = encoded(&block, Type::Q8_0).unwrap();
-        assert_eq!((bytes[..2].to_vec(), bytes[32] as i8, bytes[33] as i8), (vec![0, 0x34], -127, 40));
+        assert_eq!(
+            (bytes[..2].to_vec(), bytes[32] as i8, bytes[33] as i8),
+            (vec![0, 0x34], -127, 40)
+        );
     }
 
     /// Bytes that ggml's own quantiser made of `sin(i) · 3^(i mod 5 − 2)` in f32.
@@ -165,7 +168,9 @@ mod tests {
         // Every value near a multiple of a half, and a walk through the rest.
         for half in -256..=256 {
             let x = half as f32 / 2.0;
-            for x in [x.next_down().next_down(), x.next_down(), x, x.next_up(), x.next_up().next_up()] {
+            for x in
+                [x.next_down().next_down(), x.next_down(), x, x.next_up(), x.next_up().next_up()]
+            {
                 assert_eq!(round(x), x.round() as i32, "{x:e}");
             }
         }

@@ -93,7 +93,8 @@ impl Writer {
     /// Writes the header; the tensors follow in the order of `infos`.
     pub fn create(path: &Path, keys: &[(String, Value)], infos: Vec<Info>) -> Result<Self> {
         let header = header(keys, &infos);
-        let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+        let file =
+            File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
         let mut file = BufWriter::with_capacity(1 << 20, file);
         file.write_all(&header).context("cannot write the header")?;
         Ok(Self { file, infos, next: 0, part: 0, written: header.len() })

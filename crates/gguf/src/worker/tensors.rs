@@ -24,7 +24,9 @@ pub enum Rows {
     AsTheyAre,
     /// Of each head, the two halves take turns: Hugging Face rotates the dimensions `i` and
     /// `i + head_dim / 2` together, llama.cpp `2i` and `2i + 1`.
-    Interleaved { head_dim: usize },
+    Interleaved {
+        head_dim: usize,
+    },
 }
 
 impl Rows {

@@ -1,0 +1,1 @@
+//! The exported file in llama.cpp itself.
