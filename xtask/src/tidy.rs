@@ -125,3 +125,17 @@ fn no_file_names_a_registry_host() {
         }
     }
 }
+
+/// What a fresh clone compiles before it can plan: no heavy library is in it.
+#[test]
+fn a_plan_compiles_nothing_heavy() {
+    let args = ["tree", "--package", "xtask", "--edges", "normal,build", "--prefix", "none"];
+    let output = std::process::Command::new(env!("CARGO")).args(args).current_dir(root()).output();
+    let text = String::from_utf8(output.unwrap().stdout).unwrap();
+    let names: std::collections::BTreeSet<&str> =
+        text.lines().filter_map(|line| line.split(' ').next()).collect();
+    for heavy in ["torch-sys", "ort-sys", "tokenizers", "llama-cpp-sys-2", "axum", "safetensors"] {
+        assert!(!names.contains(heavy), "xtask links {heavy}: it belongs behind a worker");
+    }
+    assert!((20..=100).contains(&names.len()), "xtask links {} crates", names.len());
+}
