@@ -1,7 +1,7 @@
 // The model as the page sees it: which device, loading, one question after another.
 // Knows nothing of how things look.
 
-const DTYPES = ['q4', 'q8', 'fp16', 'fp32', 'q4f16'];
+const DTYPES = ['q4', 'q8', 'int8', 'uint8', 'fp16', 'fp32', 'q4f16'];
 
 /** What to run on: `?device=` if it says so, else WebGPU where a real adapter is, else WASM. */
 export async function chooseDevice(site, asked) {
@@ -95,7 +95,7 @@ export class Engine {
   #heard(data) {
     const current = this.#current;
     if (current?.id !== data.id) return;
-    if (data.type === 'text') current.onText((current.text += data.text));
+    if (data.type === 'text') current.onText((current.text = data.text));
     else if (data.type === 'failed') current.reject(new Error(data.message));
     else if (data.type === 'answer') {
       const { text, ids, tokensPerSecond } = data;

@@ -120,23 +120,19 @@ async function ask({ id, messages, max_new_tokens }) {
   if (length > limit) {
     throw new Error(`the question is ${length} tokens long; the model takes ${limit}`);
   }
-  const { TextStreamer, InterruptableStoppingCriteria } = transformers;
-  const stopping = new InterruptableStoppingCriteria();
-  const decoding = { skip_special_tokens: true, clean_up_tokenization_spaces: false };
+  const stopping = new transformers.InterruptableStoppingCriteria();
+  const decode = (ids) =>
+    tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
   const began = performance.now();
   let first = 0;
   let last = 0;
-  let count = 0;
-  const streamer = new TextStreamer(tokenizer, {
-    skip_prompt: true,
-    ...decoding,
-    callback_function: (text) => text && post('text', { id, text }),
-    token_callback_function: () => {
-      last = performance.now();
-      first ||= last;
-      count += 1;
-      if (stopFlag && Atomics.load(stopFlag, 0)) stopping.interrupt();
-    },
+  const streamer = new Streamer((ids) => {
+    last = performance.now();
+    first ||= last;
+    const text = decode(ids);
+    // Half a character waits for its other half.
+    if (!text.endsWith('\ufffd')) post('text', { id, text });
+    if (stopFlag && Atomics.load(stopFlag, 0)) stopping.interrupt();
   });
   const output = await model.generate({
     ...inputs,
@@ -146,9 +142,27 @@ async function ask({ id, messages, max_new_tokens }) {
     stopping_criteria: [stopping],
   });
   const ids = [...output.data].map(Number).slice(length);
-  const text = tokenizer.decode(ids, decoding);
+  const text = decode(ids);
   // The first token also pays for reading the prompt, so it does not count.
-  const seconds = (count > 1 ? last - first : last - began) / 1000;
-  const tokensPerSecond = Math.max(count - 1, 1) / Math.max(seconds, 1e-3);
+  const seconds = (ids.length > 1 ? last - first : last - began) / 1000;
+  const tokensPerSecond = Math.max(ids.length - 1, 1) / Math.max(seconds, 1e-3);
   post('answer', { id, text, ids, tokensPerSecond });
+}
+
+/** Tells of every token, where the library's own TextStreamer waits for a whole word. */
+class Streamer {
+  #tell;
+  #ids = null;
+
+  constructor(tell) {
+    this.#tell = tell;
+  }
+
+  /** First comes the prompt, then token after token. */
+  put([ids]) {
+    if (this.#ids === null) this.#ids = [];
+    else this.#tell((this.#ids = [...this.#ids, ...ids.map(Number)]));
+  }
+
+  end() {}
 }
