@@ -80,7 +80,7 @@ fn ask(job: &Job, input: &Input, questions: &[Question], params: &ExactMatch) ->
     let start = Instant::now();
     let prompts = questions
         .iter()
-        .map(|q| model.encode(&model.render(&q.messages, true)?))
+        .map(|q| model.encode(&model.prompt(&q.messages)?))
         .collect::<Result<Vec<Vec<u32>>>>()
         .with_context(context)?;
     let lengths: Vec<usize> = prompts.iter().map(Vec::len).collect();
@@ -116,7 +116,12 @@ fn ask(job: &Job, input: &Input, questions: &[Question], params: &ExactMatch) ->
     Ok(Asked { input: measured, answers })
 }
 
-fn report(params: &ExactMatch, questions: &[Question], reference: &str, asked: Vec<Asked>) -> Report {
+fn report(
+    params: &ExactMatch,
+    questions: &[Question],
+    reference: &str,
+    asked: Vec<Asked>,
+) -> Report {
     let [right, drop, same] = params.figures();
     let rows = questions.len();
     let (mut models, answers): (Vec<Measured>, Vec<Vec<String>>) =
@@ -174,7 +179,9 @@ fn report(params: &ExactMatch, questions: &[Question], reference: &str, asked: V
         examples,
         chart: Chart {
             title: capitalised(&title),
-            subtitle: format!("{rows} rows of {split}, answered greedily; whiskers: 95 % confidence"),
+            subtitle: format!(
+                "{rows} rows of {split}, answered greedily; whiskers: 95 % confidence"
+            ),
             figure: title,
             bars,
             full: 1.0,
@@ -207,11 +214,9 @@ fn failures(job: &Job, questions: &[Question], asked: &[Asked]) -> Result<()> {
 fn asked_in_words(messages: &[Message]) -> String {
     match messages {
         [only] => only.content.clone(),
-        all => all
-            .iter()
-            .map(|m| format!("{}: {}", m.role, m.content))
-            .collect::<Vec<_>>()
-            .join("\n"),
+        all => {
+            all.iter().map(|m| format!("{}: {}", m.role, m.content)).collect::<Vec<_>>().join("\n")
+        }
     }
 }
 

@@ -87,13 +87,22 @@ mod tests {
 
     fn measured(label: &str, figures: &[(&str, f64)]) -> Measured {
         let figures = figures.iter().map(|(k, v)| (k.to_string(), *v)).collect();
-        Measured { label: label.into(), kind: Kind::Model, size: 0, figures, tokens: 0, seconds: 0.0 }
+        Measured {
+            label: label.into(),
+            kind: Kind::Model,
+            size: 0,
+            figures,
+            tokens: 0,
+            seconds: 0.0,
+        }
     }
 
     #[test]
     fn all_that_is_unmet_is_named() {
-        let models =
-            [measured("a", &[("em", 0.5), ("drop", 0.0)]), measured("b", &[("em", 0.4), ("drop", 0.1)])];
+        let models = [
+            measured("a", &[("em", 0.5), ("drop", 0.0)]),
+            measured("b", &[("em", 0.4), ("drop", 0.1)]),
+        ];
         let bounds = |list: &[(&str, &str)]| -> BTreeMap<_, _> {
             list.iter().map(|(k, b)| (k.to_string(), b.parse().unwrap())).collect()
         };

@@ -20,9 +20,9 @@ use step::worker::{Input, Job, Progress};
 
 use crate::chart::{Bar, Chart};
 use crate::dataset::{Row, Split, Tokens, batches};
+use crate::gates;
 use crate::report::{Column, Measured, Report, percent, rounded};
 use crate::scored::{self, Scored};
-use crate::gates;
 
 /// Tokens that are run together: logits of all of them are held at once.
 const BATCH_TOKENS: usize = 1024;
@@ -131,8 +131,7 @@ fn measure(job: &Job, input: &Input, data: &Data, side: Side) -> Result<(Measure
     let (mut rows_done, mut tokens_done) = (0, 0);
     for batch in batches(&lengths, BATCH_TOKENS) {
         let rows: Vec<&[u32]> = batch.iter().map(|&r| data.tokens[r].ids.as_slice()).collect();
-        let logits =
-            model.logits(&rows).with_context(|| format!("model `{}`", input.label))?;
+        let logits = model.logits(&rows).with_context(|| format!("model `{}`", input.label))?;
         let width = rows[0].len() * vocab;
         for (&row, logits) in batch.iter().zip(logits.chunks_exact(width.max(1))) {
             for at in data.tokens[row].targets() {
@@ -146,7 +145,9 @@ fn measure(job: &Job, input: &Input, data: &Data, side: Side) -> Result<(Measure
                         sum.agreed += 1;
                     }
                     (_, Some(reader)) => {
-                        reader.read_exact(&mut bytes).with_context(|| shown("read", &notes.path))?;
+                        reader
+                            .read_exact(&mut bytes)
+                            .with_context(|| shown("read", &notes.path))?;
                         let expected = get(&bytes);
                         sum.kl += kl(&expected, &logs);
                         sum.agreed += usize::from(top(&expected) == top(&logs));
@@ -193,13 +194,16 @@ fn measure(job: &Job, input: &Input, data: &Data, side: Side) -> Result<(Measure
     Ok((measured, notes))
 }
 
-/// The share of rows that the model's own tokenizer and template turn into the dataset's tokens.
-/// A row that was cut, or ends with a token of the dataset's own, agrees as far as both go.
+/// The share of rows whose prompt, by the model's own template and tokenizer, is the tokens that
+/// the dataset has.
 fn same_tokens(job: &Job, input: &Input, model: &dyn Scored, data: &Data) -> Result<f64> {
     let mut differ = Vec::new();
     for (n, (row, tokens)) in data.rows.iter().zip(&data.tokens).enumerate() {
         let text = match row {
-            Row::Chat(messages) => model.render(messages, false)?,
+            Row::Chat(messages) => {
+                let last = messages.iter().rposition(|m| m.role == "assistant");
+                model.prompt(&messages[..last.unwrap_or(messages.len())])?
+            }
             Row::Text(text) => text.clone(),
         };
         let ids = model.encode(&text)?;
@@ -218,11 +222,13 @@ fn same_tokens(job: &Job, input: &Input, model: &dyn Scored, data: &Data) -> Res
     Ok(1.0 - differ.len() as f64 / data.rows.len() as f64)
 }
 
-fn report(params: &Perplexity, data: &Data, reference: String, mut models: Vec<Measured>) -> Report {
-    let base = models
-        .iter()
-        .find(|m| m.label == reference)
-        .map_or(f64::NAN, |m| m.figures["nll"]);
+fn report(
+    params: &Perplexity,
+    data: &Data,
+    reference: String,
+    mut models: Vec<Measured>,
+) -> Report {
+    let base = models.iter().find(|m| m.label == reference).map_or(f64::NAN, |m| m.figures["nll"]);
     for model in &mut models {
         let ratio = rounded((model.figures["nll"] - base).exp());
         model.figures.insert("perplexity_ratio".into(), ratio);

@@ -139,9 +139,8 @@ impl Report {
             heads.extend(self.models.iter().map(|m| m.label.as_str()));
             let mut examples = Table::new(&heads, heads.len());
             for e in &self.examples {
-                let answers = e.answers.iter().map(|a| {
-                    if *a == e.expected { "✓".into() } else { cell(a) }
-                });
+                let answers =
+                    e.answers.iter().map(|a| if *a == e.expected { "✓".into() } else { cell(a) });
                 examples.row([cell(&e.prompt), cell(&e.expected)].into_iter().chain(answers));
             }
             text += &format!("\n## Examples\n\n{}", examples.markdown());

@@ -22,8 +22,8 @@ pub trait Scored {
     /// The greedy answers to prompts, without the tokens that ended them.
     fn answers(&mut self, prompts: &[Vec<u32>], max_new: usize) -> Result<Vec<Vec<u32>>>;
 
-    /// A conversation by the model's own chat template.
-    fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String>;
+    /// A conversation by the model's own chat template, up to where its answer begins.
+    fn prompt(&self, messages: &[Message]) -> Result<String>;
 
     /// Special tokens in the text are recognised, none is added.
     fn encode(&self, text: &str) -> Result<Vec<u32>>;

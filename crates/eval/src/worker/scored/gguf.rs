@@ -19,7 +19,7 @@ pub struct Gguf {
 
 pub fn open(job: &Job, input: &Input) -> Result<Gguf> {
     let path = file_in(&input.path)?;
-    let model = Model::load(&path, job.threads()).map_err(Failure::from)?;
+    let model = Model::load(&path, job.threads()).map_err(failed)?;
     job.version("llama.cpp", llamacpp::VERSION);
     Ok(Gguf { stop_ids: model.end_ids(), model })
 }
@@ -51,27 +51,36 @@ impl Scored for Gguf {
     fn logits(&mut self, rows: &[&[u32]]) -> Result<Vec<f32>> {
         let mut all = Vec::new();
         for row in rows {
-            all.extend(self.model.logits(row).map_err(Failure::from)?);
+            all.extend(self.model.logits(row).map_err(failed)?.into_iter().flatten());
         }
         Ok(all)
     }
 
     fn answers(&mut self, prompts: &[Vec<u32>], max_new: usize) -> Result<Vec<Vec<u32>>> {
         let answer = |prompt: &Vec<u32>| self.model.generate(prompt, max_new, &self.stop_ids);
-        Ok(prompts.iter().map(answer).collect::<Result<_, _>>().map_err(Failure::from)?)
+        Ok(prompts.iter().map(answer).collect::<Result<_, _>>().map_err(failed)?)
     }
 
-    fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+    fn prompt(&self, messages: &[Message]) -> Result<String> {
         let turns: Vec<(&str, &str)> =
             messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
-        Ok(self.model.chat_prompt(&turns, add_generation_prompt).map_err(Failure::from)?)
+        Ok(self.model.chat_prompt(&turns).map_err(failed)?)
     }
 
     fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.model.tokenize(text).map_err(Failure::from)?)
+        Ok(self.model.tokenize(text))
     }
 
     fn decode(&self, ids: &[u32]) -> Result<String> {
-        Ok(self.model.decode(ids, true).map_err(Failure::from)?)
+        Ok(self.model.decode(ids, true))
+    }
+}
+
+fn failed(error: llamacpp::Error) -> Failure {
+    match error {
+        llamacpp::Error::Backend { .. } | llamacpp::Error::Decode { .. } => {
+            Failure::environment(error.to_string())
+        }
+        _ => Failure::input(error.to_string()),
     }
 }

@@ -43,8 +43,8 @@ impl Scored for Onnx {
         Ok(answers.map_err(Failure::from)?)
     }
 
-    fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        Ok(self.template.render(messages, add_generation_prompt).map_err(Failure::from)?)
+    fn prompt(&self, messages: &[Message]) -> Result<String> {
+        Ok(self.template.render(messages, true).map_err(Failure::from)?)
     }
 
     fn encode(&self, text: &str) -> Result<Vec<u32>> {
