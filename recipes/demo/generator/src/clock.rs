@@ -136,10 +136,10 @@ pub fn phrase(rng: &mut Rng, clock: Clock) -> String {
         }
         if minute.is_multiple_of(5) {
             let spoken = spoken(rng, clock);
-            ways.push((format!("{spoken} {part}"), 40));
-            ways.push((format!("{spoken} {half}"), 14));
+            ways.push((format!("{spoken} {part}"), 75));
+            ways.push((format!("{spoken} {half}"), 25));
             if (1..=11).contains(&hour) {
-                ways.push((spoken.clone(), 16));
+                ways.push((spoken.clone(), 25));
             }
             if minute <= 30 && (hour == 0 || hour == 12) {
                 let name = if hour == 0 { "midnight" } else { "noon" };
@@ -200,13 +200,13 @@ fn minute_words(minute: u32) -> String {
 
 /// `quarter past nine`; a multiple of five only.
 fn spoken(rng: &mut Rng, clock: Clock) -> String {
-    let digits = rng.percent(25);
+    let digits = rng.percent(15);
     let hour = |hour: u32| if digits { face(hour).to_string() } else { number(face(hour)) };
     let (this, next) = (hour(clock.hour), hour(clock.hour + 1));
-    let after = rng.choose(&["past", "past", "past", "after"]);
-    let before = rng.choose(&["to", "to", "to", "before", "till"]);
+    let after = rng.choose(&["past", "past", "past", "past", "past", "after"]);
+    let before = rng.choose(&["to", "to", "to", "to", "to", "to", "before", "till"]);
     let count = |n: u32| if digits { n.to_string() } else { number(n) };
-    let minutes = rng.choose(&["", "", "", " minutes"]);
+    let minutes = rng.choose(&["", "", "", "", "", "", " minutes"]);
     let quarter = rng.choose(&["quarter", "a quarter"]);
     match clock.minute {
         30 => format!("half past {this}"),
@@ -219,7 +219,7 @@ fn spoken(rng: &mut Rng, clock: Clock) -> String {
 
 /// Several times of one day that share their minute: `9am and 5pm`.
 pub fn several(rng: &mut Rng, clocks: &[Clock]) -> String {
-    let style = rng.below(6);
+    let style = *rng.choose(&[0, 1, 1, 2, 2, 2, 3, 3, 3, 4]);
     let on_the_hour = clocks[0].minute == 0;
     let mut texts: Vec<String> = clocks
         .iter()

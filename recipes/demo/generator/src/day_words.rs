@@ -1,7 +1,7 @@
 //! The words for days: templates for training, and those only the held-out rows use.
 //! They do not know which fields of a line they fill.
 
-/// Training's templates and the ones only the held-out rows use.
+/// Training's templates, the usual ones first, and the ones only the held-out rows use.
 pub struct Wording {
     pub train: &'static [&'static str],
     pub held_out: &'static [&'static str],

@@ -36,20 +36,20 @@ pub struct Days {
 }
 
 pub const WEIGHTS: &[(Kind, u32)] = &[
-    (Kind::Daily, 90),
+    (Kind::Daily, 110),
     (Kind::Weekdays, 90),
     (Kind::Weekend, 50),
-    (Kind::Weekday, 165),
+    (Kind::Weekday, 180),
     (Kind::TwoWeekdays, 90),
     (Kind::ThreeWeekdays, 55),
     (Kind::WeekdayRange, 75),
     (Kind::Except, 25),
-    (Kind::DayOfMonth, 95),
-    (Kind::TwoDaysOfMonth, 35),
+    (Kind::DayOfMonth, 110),
+    (Kind::TwoDaysOfMonth, 25),
     (Kind::EveryFewDays, 25),
-    (Kind::Date, 95),
+    (Kind::Date, 110),
     (Kind::Holiday, 10),
-    (Kind::EveryFewMonths, 35),
+    (Kind::EveryFewMonths, 28),
     (Kind::Month, 30),
     (Kind::MonthRange, 30),
     (Kind::WeekdayInMonth, 40),
@@ -60,7 +60,8 @@ pub const WEIGHTS: &[(Kind, u32)] = &[
 
 pub fn draw(rng: &mut Rng, kind: Kind, held_out: bool) -> Days {
     let wording = wording(kind);
-    let template = rng.choose(if held_out { wording.held_out } else { wording.train });
+    let template =
+        if held_out { rng.choose(wording.held_out) } else { rng.choose_early(wording.train) };
     from_template(rng, kind, template)
 }
 
@@ -90,13 +91,9 @@ pub fn from_template(rng: &mut Rng, kind: Kind, template: &str) -> Days {
             days.weekday = format!("{from}-{to}");
         }
         Kind::Except => {
-            let day = *rng.choose(&[0, 0, 0, 6, 6, 1, 2, 3, 4, 5]);
+            let (day, others) = *rng.choose(&[(0, "1-6"), (6, "0-5")]);
             name_days(rng, &mut days, &[day]);
-            days.weekday = match day {
-                0 => "1-6".to_owned(),
-                6 => "0-5".to_owned(),
-                _ => list((0..7).filter(|&other| other != day)),
-            };
+            days.weekday = others.to_owned();
         }
         Kind::DayOfMonth => {
             let day = if rng.percent(20) { *rng.choose(&[1, 15]) } else { rng.within(1, 31) };
@@ -104,11 +101,11 @@ pub fn from_template(rng: &mut Rng, kind: Kind, template: &str) -> Days {
         }
         Kind::TwoDaysOfMonth => {
             let first = rng.within(1, 20);
-            let both = if rng.percent(25) { [1, 15] } else { [first, rng.within(first + 1, 31)] };
+            let both = if rng.percent(40) { [1, 15] } else { [first, rng.within(first + 1, 31)] };
             ordinals(rng, &mut days, &both);
         }
         Kind::EveryFewDays => {
-            let (text, step) = step(rng, &days.text, "o", &[2, 2, 3, 4, 5, 6, 7, 10]);
+            let (text, step) = step(rng, &days.text, "o", &[2, 2, 2, 3, 3, 4, 5]);
             days.text = fill(&text, "n", &some_number(rng, step));
             days.day_of_month = format!("*/{step}");
         }
@@ -218,7 +215,7 @@ fn ordinals(rng: &mut Rng, days: &mut Days, named: &[u32]) {
 }
 
 fn every_few_months(rng: &mut Rng, days: &mut Days) {
-    let day = if rng.percent(60) { 1 } else { rng.within(1, 28) };
+    let day = if rng.percent(75) { 1 } else { rng.within(1, 28) };
     if rng.percent(40) && days.text.contains("{k} months") {
         let quarter = rng.choose(&["every quarter", "once a quarter", "quarterly", "each quarter"]);
         days.text = days
@@ -227,7 +224,7 @@ fn every_few_months(rng: &mut Rng, days: &mut Days) {
             .replace("every {k} months", quarter);
         days.month = "*/3".to_owned();
     } else {
-        let (text, step) = step(rng, &days.text, "kth", &[2, 2, 3, 3, 4, 6]);
+        let (text, step) = step(rng, &days.text, "kth", &[2, 2, 3, 3, 6]);
         days.text = fill(&text, "k", &some_number(rng, step));
         days.month = format!("*/{step}");
     }

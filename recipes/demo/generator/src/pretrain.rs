@@ -235,7 +235,7 @@ fn any(rng: &mut Rng) -> Document {
         }
         Task::Past => {
             let repeat = Repeat::past(rng);
-            let template = *rng.choose(repeats::wording(repeat).train);
+            let template = *rng.choose_early(repeats::wording(repeat).train);
             let said = repeats::phrase(rng, repeat, template);
             (ask(rng, "which minute", said), repeat.fields(None).0)
         }
@@ -243,7 +243,7 @@ fn any(rng: &mut Rng) -> Document {
             let from = rng.within(5, 17);
             let to = rng.within(from + 1, 22);
             let (a, b) = clock::hour_range(rng, from, to);
-            let template = *rng.choose(repeats::WITHIN.train);
+            let template = *rng.choose_early(repeats::WITHIN.train);
             let mut said = fill(&fill(&vary(rng, template), "a", &a), "b", &b);
             if rng.percent(50) {
                 said = format!("{} {said}", action(rng));
@@ -327,7 +327,7 @@ fn repeat(rng: &mut Rng) -> (String, Repeat) {
         8 => Repeat::Hour,
         _ => Repeat::Minute,
     };
-    let template = *rng.choose(repeats::wording(repeat).train);
+    let template = *rng.choose_early(repeats::wording(repeat).train);
     (repeats::phrase(rng, repeat, template), repeat)
 }
 

@@ -47,6 +47,12 @@ impl Rng {
         unreachable!("the draw is below the sum of the weights")
     }
 
+    /// An item of `from`, the first ones more often: lists name the usual before the unusual.
+    pub fn choose_early<'a, T>(&mut self, from: &'a [T]) -> &'a T {
+        let n = from.len() as u32;
+        &from[self.below(n).min(self.below(n)) as usize]
+    }
+
     /// `n` different items of `from`, in the order they were drawn.
     pub fn sample<T: Clone>(&mut self, from: &[T], n: usize) -> Vec<T> {
         let mut pool = from.to_vec();

@@ -136,21 +136,27 @@ impl Schedule {
         };
         let (mut on_days, mut within) = match rng.below(100) {
             0..40 => (false, false),
-            40..66 => (true, false),
-            66..85 => (false, true),
+            40..68 => (true, false),
+            68..90 => (false, true),
             _ => (true, true),
         };
-        if matches!(repeat, Repeat::Past(_)) {
-            (on_days, within) = (rng.percent(20), false);
+        match repeat {
+            Repeat::Past(_) => (on_days, within) = (rng.percent(20), false),
+            // A step of hours within hours is more than a small model needs to know.
+            Repeat::Hours(_) | Repeat::Minute => within = false,
+            Repeat::Minutes(_) | Repeat::Hour => {}
         }
         let hours = within.then(|| {
-            let from = rng.within(5, if matches!(repeat, Repeat::Hours(_)) { 10 } else { 17 });
-            let shortest = if let Repeat::Hours(step) = repeat { step } else { 1 };
-            (from, rng.within(from + shortest, 22))
+            let from = rng.within(5, 17);
+            (from, rng.within(from + 1, 22))
         });
         let wording = repeats::wording(repeat);
         let new_repeat = new.order || (new.days && !on_days);
-        let template = *rng.choose(if new_repeat { wording.held_out } else { wording.train });
+        let template = if new_repeat {
+            *rng.choose(wording.held_out)
+        } else {
+            *rng.choose_early(wording.train)
+        };
         let repeat_text = repeats::phrase(rng, repeat, template);
         let mut templates = vec![template.to_owned()];
 
@@ -168,7 +174,7 @@ impl Schedule {
             days::draw(rng, kind, new.days)
         });
         let hours_text = hours.map(|(from, to)| {
-            let template = *rng.choose(repeats::WITHIN.train);
+            let template = *rng.choose_early(repeats::WITHIN.train);
             let (a, b) = clock::hour_range(rng, from, to);
             fill(&fill(&vary(rng, template), "a", &a), "b", &b)
         });
@@ -219,10 +225,10 @@ fn times(rng: &mut Rng, days: &Days, pool: Pool) -> (Vec<Clock>, String) {
             if small { clock::small_hours(rng, clock) } else { clock::face_phrase(rng, clock) };
         return (vec![clock], text);
     }
-    if rng.percent(8) {
+    if rng.percent(6) {
         let first = clock_within(rng, pool, 5, 20);
         let mut hours: Vec<u32> = rng.sample(&(5..23).collect::<Vec<_>>(), 2);
-        if rng.percent(80) {
+        if rng.percent(90) {
             hours.truncate(1);
         }
         hours.push(first.hour);
