@@ -17,7 +17,7 @@ mod model;
 #[cfg(feature = "engine")]
 pub use error::Error;
 #[cfg(feature = "engine")]
-pub use model::{Model, Nll};
+pub use model::{Attention, Model, Nll};
 
 /// The pinned crate; each version carries its own llama.cpp.
 pub const VERSION: &str = "llama-cpp-2 0.1.160";

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Mutex, OnceLock};
 
 use llama_cpp_2::context::LlamaContext;
-use llama_cpp_2::context::params::LlamaContextParams;
+use llama_cpp_2::context::params::{KvCacheType, LlamaContextParams};
 use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_2::llama_batch::LlamaBatch;
 use llama_cpp_2::model::LlamaModel;
@@ -22,6 +22,16 @@ use crate::chat::Chat;
 const BATCH: usize = 512;
 /// A model may know more positions than anyone has memory for.
 const MOST_POSITIONS: u32 = 8192;
+
+/// How attention is computed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Attention {
+    /// As llama.cpp does it unasked, and so as users have it: fused, with an f16 cache.
+    #[default]
+    Usual,
+    /// In f32 throughout, to hold a file against the checkpoint that it was made of.
+    Exact,
+}
 
 /// A GGUF model, loaded.
 #[derive(Debug)]
@@ -47,6 +57,11 @@ pub struct Nll {
 impl Model {
     /// Loads the GGUF file at `path`; it computes on `threads` threads.
     pub fn load(path: &Path, threads: usize) -> Result<Self, Error> {
+        Self::load_with(path, threads, Attention::Usual)
+    }
+
+    /// [`Model::load`] with a say in how attention is computed.
+    pub fn load_with(path: &Path, threads: usize, attention: Attention) -> Result<Self, Error> {
         let failed = |message: String| Error::Load { path: path.into(), message };
         let backend = backend()?;
         // The crate asserts it in debug builds.
@@ -62,7 +77,7 @@ impl Model {
         let model = Box::new(model);
         let positions = NonZeroU32::new(model.n_ctx_train().min(MOST_POSITIONS));
         let threads = i32::try_from(threads.max(1)).unwrap_or(i32::MAX);
-        let params = LlamaContextParams::default()
+        let mut params = LlamaContextParams::default()
             .with_n_ctx(positions)
             .with_n_batch(BATCH as u32)
             .with_n_ubatch(BATCH as u32)
@@ -70,6 +85,12 @@ impl Model {
             .with_n_threads_batch(threads)
             .with_offload_kqv(false)
             .with_op_offload(false);
+        if attention == Attention::Exact {
+            params = params
+                .with_flash_attention_policy(llama_cpp_sys_2::LLAMA_FLASH_ATTN_TYPE_DISABLED)
+                .with_type_k(KvCacheType::F32)
+                .with_type_v(KvCacheType::F32);
+        }
         let context =
             model.new_context(backend, params).map_err(|e| failed(said(e.to_string())))?;
         // SAFETY: the context points at the model, which is boxed, never moved out of the box nor

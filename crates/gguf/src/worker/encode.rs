@@ -143,7 +143,7 @@ mod tests {
         );
     }
 
-    /// Bytes that ggml's own quantiser made of `sin(i) · 3^(i mod 5 − 2)` in f32.
+    /// Values in the first line, in the second the bytes that ggml's own quantiser made of them.
     #[test]
     fn q8_0_is_what_ggml_makes() {
         let values: Vec<f32> = include_str!("golden/q8_0.txt")

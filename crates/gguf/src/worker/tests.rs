@@ -354,7 +354,8 @@ fn broken_weights_are_named() {
 
 #[test]
 fn tokenizers_that_llama_cpp_would_read_otherwise_are_refused() {
-    let cases: [(fn(&mut Json), &str); 3] = [
+    type Change = fn(&mut Json);
+    let cases: [(Change, &str); 3] = [
         (
             |t| t["pre_tokenizer"] = json!({"type": "Whitespace"}),
             "tokenizer.json: llama.cpp has no name for the pre_tokenizer {\"type\":\"Whitespace\"}",

@@ -404,7 +404,8 @@ fn pieces(file: &File) -> Result<Rule, String> {
             match pre["prepend_scheme"].as_str() {
                 _ if pre["split"] != false => return refuse("pre_tokenizer", pre),
                 Some("never") => false,
-                Some("first" | "always") => true,
+                Some("always") => true,
+                // `first` is before the text alone; llama.cpp would do it after special tokens too.
                 _ => return refuse("pre_tokenizer", pre),
             }
         }
@@ -567,14 +568,16 @@ mod tests {
         let both = json!({"byte_fallback": true,
             "normalizer": {"type": "Sequence", "normalizers": [prefix, space]}});
         assert_eq!(named(json!(null), both).unwrap(), "pieces true");
-        let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": false});
+        let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": false});
         assert_eq!(
             named(metaspace.clone(), json!({"byte_fallback": true})).unwrap(),
             "pieces true"
         );
-        let mut split = metaspace;
-        split["split"] = json!(true);
-        assert!(named(split, json!({"byte_fallback": true})).is_err());
+        for (key, value) in [("split", json!(true)), ("prepend_scheme", json!("first"))] {
+            let mut other = metaspace.clone();
+            other[key] = value;
+            assert!(named(other, json!({"byte_fallback": true})).is_err());
+        }
         assert!(named(json!(null), json!({"byte_fallback": true})).is_err());
     }
 
