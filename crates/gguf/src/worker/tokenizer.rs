@@ -101,7 +101,7 @@ pub fn read(dir: &Path, config: &Config) -> Result<Keys> {
     let vocab = Vocab::new(&file, config, &path)?;
     let mut notes = vocab.notes.clone();
     let beside = json_or_nothing(&dir.join("tokenizer_config.json"))?;
-    let roles = Roles::find(dir, &beside, config, &vocab, &mut notes)?;
+    let roles = Roles::find(dir, &beside, config, &vocab, &file.model, &mut notes)?;
 
     let mut keys = Vec::new();
     let mut put = |key: &str, value: Value| keys.push((format!("tokenizer.{key}"), value));
@@ -133,7 +133,7 @@ pub fn read(dir: &Path, config: &Config) -> Result<Keys> {
         ("eos", Some(roles.eos)),
         ("eot", roles.eot),
         ("eom", roles.eom),
-        ("unknown", file.model.unk_token.as_ref().and_then(|t| vocab.id(t))),
+        ("unknown", roles.unknown),
         ("padding", roles.pad),
     ];
     for (role, id) in ids {
@@ -245,6 +245,7 @@ struct Roles {
     /// One more end, where there are three.
     eom: Option<u32>,
     pad: Option<u32>,
+    unknown: Option<u32>,
 }
 
 impl Roles {
@@ -253,6 +254,7 @@ impl Roles {
         beside: &Json,
         config: &Config,
         vocab: &Vocab,
+        model: &Model,
         notes: &mut Vec<String>,
     ) -> Result<Self> {
         let named = |role: &str| {
@@ -265,11 +267,15 @@ impl Roles {
         ends.extend(&config.eos_token_ids);
         let end_of_turn = Template::from_dir(dir).and_then(|template| template.end_of_turn()).ok();
         let turn = end_of_turn.as_deref().and_then(|text| vocab.id(text));
-        if let (Some(text), None) = (&end_of_turn, turn) {
-            notes.push(format!(
+        match (&end_of_turn, turn) {
+            (Some(text), None) if text.is_empty() => {
+                notes.push("the chat template writes nothing after an answer".into());
+            }
+            (Some(text), None) => notes.push(format!(
                 "the chat template ends a turn with {text:?}, which is no token: llama.cpp will \
                  not stop there"
-            ));
+            )),
+            _ => {}
         }
         ends.extend(turn);
         ends.retain(|id| (*id as usize) < vocab.texts.len());
@@ -299,6 +305,8 @@ impl Roles {
             eot: others.first().copied(),
             eom: others.get(1).copied(),
             pad: named("pad_token").or(config.pad_token_id),
+            unknown: named("unk_token")
+                .or_else(|| model.unk_token.as_ref().and_then(|text| vocab.id(text))),
         })
     }
 }

@@ -236,6 +236,9 @@ fn likelihoods_are_those_of_the_logits() {
     }
     assert_eq!(nll.tokens, 233);
     assert!((nll.sum - expected).abs() < 1e-6 * expected, "{} {expected}", nll.sum);
+    // One thread and two add up in the same order.
+    let mut alone = Model::load(&dir.path().join("F16-2/out/model-F16.gguf"), 1).unwrap();
+    assert_eq!(alone.nll(&tokens, &marks).unwrap(), nll);
     assert!(matches!(model.nll(&tokens, &marks[1..]), Err(Error::Marks { .. })));
     assert!(matches!(model.logits(&[288]), Err(Error::Token { id: 288, .. })));
     assert!(matches!(model.logits(&[]), Err(Error::Empty)));
