@@ -124,7 +124,7 @@ pub enum Packing {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Compute {
-    /// bfloat16 where the device multiplies it natively: a GPU, or a CPU with AVX512-BF16.
+    /// bfloat16 on a GPU, float32 on a processor.
     Auto,
     Float32,
     Bfloat16,

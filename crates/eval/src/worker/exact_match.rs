@@ -10,7 +10,6 @@ use anyhow::{Context, Result};
 use checkpoint::chat::Message;
 use eval::exact_match::ExactMatch;
 use serde_json::json;
-use step::Failure;
 use step::worker::{Input, Job, Progress};
 
 use crate::chart::{Bar, Chart};

@@ -17,8 +17,13 @@ pub struct Place {
     pub compute: Kind,
 }
 
-/// Chooses the place, makes libtorch deterministic there, and tells the job of it.
-pub fn prepare(job: &Job, training: &Training) -> Result<Place> {
+/// Parameters that are worth a thread. Threads that wait for each other over smaller matrices cost
+/// more than they carry; results do not depend on how many there are.
+const PARAMETERS_A_THREAD: usize = 8_000_000;
+
+/// Chooses the place for a model of so many parameters, makes libtorch deterministic there, and
+/// tells the job of it.
+pub fn prepare(job: &Job, training: &Training, parameters: usize) -> Result<Place> {
     use train::training::Device as Key;
 
     let has_cuda = training.device != Key::Cpu && load_cuda() && Cuda::is_available();
@@ -32,11 +37,13 @@ pub fn prepare(job: &Job, training: &Training) -> Result<Place> {
         _ => Device::Cpu,
     };
     let compute = match training.compute {
-        Compute::Auto if device.is_cuda() || cpu_multiplies_bfloat16() => Kind::BFloat16,
+        Compute::Auto if device.is_cuda() => Kind::BFloat16,
         Compute::Bfloat16 => Kind::BFloat16,
+        // Without matrix units BF16 takes a processor twice the time of float32.
         Compute::Auto | Compute::Float32 => Kind::Float,
     };
-    tch::set_num_threads(i32::try_from(job.threads()).unwrap_or(i32::MAX));
+    let threads = job.threads().min(1 + parameters / PARAMETERS_A_THREAD);
+    tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
     shim::deterministic(device == Device::Cpu);
     job.version("libtorch", shim::libtorch_version());
     job.version("device", if device.is_cuda() { gpu_name() } else { cpu_name() });
@@ -52,21 +59,6 @@ fn load_cuda() -> bool {
         let flags = libc::RTLD_NOW | libc::RTLD_GLOBAL;
         !unsafe { libc::dlopen(c"libtorch_cuda.so".as_ptr(), flags) }.is_null()
     })
-}
-
-#[cfg(target_arch = "x86_64")]
-fn cpu_multiplies_bfloat16() -> bool {
-    std::arch::is_x86_feature_detected!("avx512bf16")
-}
-
-#[cfg(target_arch = "aarch64")]
-fn cpu_multiplies_bfloat16() -> bool {
-    std::arch::is_aarch64_feature_detected!("bf16")
-}
-
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-fn cpu_multiplies_bfloat16() -> bool {
-    false
 }
 
 fn cpu_name() -> String {

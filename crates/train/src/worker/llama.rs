@@ -240,6 +240,10 @@ impl Linear {
 
 /// w · x̂ with x̂ = x / √(mean x² + eps), rounded to the compute kind before w is applied.
 fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, compute: Kind) -> Tensor {
+    if x.kind() == Kind::Float && compute == Kind::Float {
+        // One pass over x, and the same bits: nothing is rounded in between.
+        return x.rms_norm(x.size()[x.dim() - 1..].to_vec(), Some(weight), eps);
+    }
     let x = x.to_kind(Kind::Float);
     let variance = x.square().mean_dim(-1, true, Kind::Float);
     let x = x * (variance + eps).rsqrt();

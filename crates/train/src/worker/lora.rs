@@ -28,7 +28,7 @@ pub fn run(job: &Job) -> Result<()> {
     let base = job.input("base")?;
     let config = Config::read(&base.path).map_err(Failure::from)?;
     let data = Dataset::open(job, base, config.vocab_size, config.max_positions)?;
-    let place = device::prepare(job, &training)?;
+    let place = device::prepare(job, &training, config.parameters())?;
 
     let mut model = frozen(base, config, place)?;
     attach(&mut model, &params, place.device)?;

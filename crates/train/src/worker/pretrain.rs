@@ -27,7 +27,7 @@ pub fn run(job: &Job) -> Result<()> {
     let tokenizer = job.input("tokenizer")?;
     let config = config(&params, &tokenizer.path)?;
     let data = Dataset::open(job, tokenizer, config.vocab_size, config.max_positions)?;
-    let place = device::prepare(job, &training)?;
+    let place = device::prepare(job, &training, config.parameters())?;
 
     let model = first(&params, config, place.compute, place.device)?;
     let trainables = model.weights().into_iter().map(|(name, tensor)| Trainable {

@@ -16,15 +16,9 @@ pub enum Kind {
     TwoWeekdays,
     ThreeWeekdays,
     WeekdayRange,
-    Except,
     DayOfMonth,
-    TwoDaysOfMonth,
-    EveryFewDays,
     Date,
-    Holiday,
-    EveryFewMonths,
     Month,
-    MonthRange,
     WeekdayInMonth,
     PartOfDay,
     WeekdayPart,
@@ -223,19 +217,6 @@ pub fn wording(kind: Kind) -> Wording {
                 "on all days from {D} to {E}",
             ],
         ),
-        Kind::Except => (
-            &[
-                "every day except (|on ){D}",
-                "every day but {D}",
-                "daily except {D}s",
-                "except {D}s",
-                "(each|any) day except {D}",
-                "every day except {D}s",
-                "every day but not on {D}s",
-                "all days except {D}",
-            ],
-            &["each day but {D}", "daily except on {D}s", "on all days but {D}"],
-        ),
         Kind::DayOfMonth => (
             &[
                 "on the {o} of (every|each|the) month",
@@ -267,32 +248,6 @@ pub fn wording(kind: Kind) -> Wording {
                 "each month on day {n}",
                 "once per month on the {o}",
             ],
-        ),
-        Kind::TwoDaysOfMonth => (
-            &[
-                "on the {o} and (|the ){p}",
-                "on the {o} and (|the ){p} of (every|each|the) month",
-                "twice a month(,|) on the {o} and (|the ){p}",
-                "every month on the {o} and {p}",
-                "monthly on the {o} and {p}",
-                "on days {n} and {m} of (each|the) month",
-                "the {o} and {p} of each month",
-            ],
-            &[
-                "each month on the {o} and the {p}",
-                "two times a month, on the {o} and {p}",
-                "on the {o} and on the {p} of every month",
-            ],
-        ),
-        Kind::EveryFewDays => (
-            &[
-                "every {n} days",
-                "once every {n} days",
-                "every {o} day",
-                "each {o} day",
-                "every {n} days of the month",
-            ],
-            &["on every {o} day", "one time every {n} days"],
         ),
         Kind::Date => (
             &[
@@ -326,22 +281,6 @@ pub fn wording(kind: Kind) -> Wording {
                 "on {M} {o} each year",
             ],
         ),
-        Kind::Holiday => (
-            &["on {X}", "every {X}", "every year on {X}", "each {X}"],
-            &["once a year on {X}", "on {X} every year"],
-        ),
-        Kind::EveryFewMonths => (
-            &[
-                "every {k} months on the {o}",
-                "on the {o} of every {kth} month",
-                "every {kth} month on the {o}",
-                "every {k} months, on the {o}",
-                "on the {o}(,|) every {k} months",
-                "once every {k} months on the {o}",
-                "on day {n} of every {kth} month",
-            ],
-            &["on the {o} day of every {kth} month", "on the {o} once every {k} months"],
-        ),
         Kind::Month => (
             &[
                 "(every|each) day in {M}",
@@ -358,24 +297,6 @@ pub fn wording(kind: Kind) -> Wording {
                 "(in|for) the month of {M}",
             ],
             &["each day (of|during) {M}", "on every day of {M}", "on all days in {M}"],
-        ),
-        Kind::MonthRange => (
-            &[
-                "from {M} (to|through|until) {N}",
-                "between {M} and {N}",
-                "{M} (to|through) {N}",
-                "every day from {M} to {N}",
-                "daily from {M} (to|through) {N}",
-                "{M}-{N}",
-                "(every|each) day between {M} and {N}",
-                "in the months {M} to {N}",
-                "from {M} till {N}, every day",
-            ],
-            &[
-                "each day from {M} to {N}",
-                "daily between {M} and {N}",
-                "every day from {M} until {N}",
-            ],
         ),
         Kind::WeekdayInMonth => (
             &[

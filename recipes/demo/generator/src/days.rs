@@ -5,9 +5,7 @@ pub use crate::day_words::Kind;
 use crate::day_words::wording;
 use crate::rng::Rng;
 use crate::template::{fill, vary};
-use crate::words::{
-    DAYS, MONTH_LENGTHS, MONTHS, short_day, short_month, some_number, some_ordinal,
-};
+use crate::words::{DAYS, MONTH_LENGTHS, MONTHS, short_day, short_month};
 
 /// A part of the day that the phrase of the days names itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,15 +41,9 @@ pub const WEIGHTS: &[(Kind, u32)] = &[
     (Kind::TwoWeekdays, 90),
     (Kind::ThreeWeekdays, 55),
     (Kind::WeekdayRange, 75),
-    (Kind::Except, 25),
     (Kind::DayOfMonth, 110),
-    (Kind::TwoDaysOfMonth, 25),
-    (Kind::EveryFewDays, 25),
     (Kind::Date, 110),
-    (Kind::Holiday, 10),
-    (Kind::EveryFewMonths, 28),
     (Kind::Month, 30),
-    (Kind::MonthRange, 30),
     (Kind::WeekdayInMonth, 40),
     (Kind::PartOfDay, 30),
     (Kind::WeekdayPart, 30),
@@ -90,24 +82,9 @@ pub fn from_template(rng: &mut Rng, kind: Kind, template: &str) -> Days {
             name_days(rng, &mut days, &[from, to]);
             days.weekday = format!("{from}-{to}");
         }
-        Kind::Except => {
-            let (day, others) = *rng.choose(&[(0, "1-6"), (6, "0-5")]);
-            name_days(rng, &mut days, &[day]);
-            days.weekday = others.to_owned();
-        }
         Kind::DayOfMonth => {
             let day = if rng.percent(20) { *rng.choose(&[1, 15]) } else { rng.within(1, 31) };
             ordinals(rng, &mut days, &[day]);
-        }
-        Kind::TwoDaysOfMonth => {
-            let first = rng.within(1, 20);
-            let both = if rng.percent(40) { [1, 15] } else { [first, rng.within(first + 1, 31)] };
-            ordinals(rng, &mut days, &both);
-        }
-        Kind::EveryFewDays => {
-            let (text, step) = step(rng, &days.text, "o", &[2, 2, 2, 3, 3, 4, 5]);
-            days.text = fill(&text, "n", &some_number(rng, step));
-            days.day_of_month = format!("*/{step}");
         }
         Kind::Date => {
             let month = rng.within(1, 12);
@@ -116,29 +93,10 @@ pub fn from_template(rng: &mut Rng, kind: Kind, template: &str) -> Days {
             ordinals(rng, &mut days, &[day]);
             days.month = month.to_string();
         }
-        Kind::Holiday => {
-            let (name, day, month) = *rng.choose(&[
-                ("New Year's Day", 1, 1),
-                ("Christmas", 25, 12),
-                ("Christmas Day", 25, 12),
-                ("Christmas Eve", 24, 12),
-                ("New Year's Eve", 31, 12),
-                ("Halloween", 31, 10),
-            ]);
-            days.text = fill(&days.text, "X", name);
-            (days.day_of_month, days.month) = (day.to_string(), month.to_string());
-        }
-        Kind::EveryFewMonths => every_few_months(rng, &mut days),
         Kind::Month => {
             let month = rng.within(1, 12);
             name_months(rng, &mut days, &[month]);
             days.month = month.to_string();
-        }
-        Kind::MonthRange => {
-            let from = rng.within(1, 11);
-            let to = rng.within(from + 1, 12);
-            name_months(rng, &mut days, &[from, to]);
-            days.month = format!("{from}-{to}");
         }
         Kind::WeekdayInMonth => {
             let month = rng.within(1, 12);
@@ -212,31 +170,6 @@ fn ordinals(rng: &mut Rng, days: &mut Days, named: &[u32]) {
         days.text = fill(&fill(&days.text, ordinal, &text), number, &day.to_string());
     }
     days.day_of_month = list(named.iter().copied());
-}
-
-fn every_few_months(rng: &mut Rng, days: &mut Days) {
-    let day = if rng.percent(75) { 1 } else { rng.within(1, 28) };
-    if rng.percent(40) && days.text.contains("{k} months") {
-        let quarter = rng.choose(&["every quarter", "once a quarter", "quarterly", "each quarter"]);
-        days.text = days
-            .text
-            .replace("once every {k} months", quarter)
-            .replace("every {k} months", quarter);
-        days.month = "*/3".to_owned();
-    } else {
-        let (text, step) = step(rng, &days.text, "kth", &[2, 2, 3, 3, 6]);
-        days.text = fill(&text, "k", &some_number(rng, step));
-        days.month = format!("*/{step}");
-    }
-    ordinals(rng, days, &[day]);
-}
-
-/// `every other`, `every third`: the slot `ordinal` for a step that is drawn from `steps`.
-fn step(rng: &mut Rng, text: &str, ordinal: &str, steps: &[u32]) -> (String, u32) {
-    let step = *rng.choose(steps);
-    let name =
-        if step == 2 && rng.percent(65) { "other".to_owned() } else { some_ordinal(rng, step) };
-    (fill(text, ordinal, &name), step)
 }
 
 fn list(values: impl Iterator<Item = u32>) -> String {

@@ -169,7 +169,6 @@ impl Schedule {
                 (Kind::WeekdayRange, 14),
                 (Kind::Month, 8),
                 (Kind::DayOfMonth, 4),
-                (Kind::MonthRange, 3),
             ]);
             days::draw(rng, kind, new.days)
         });
@@ -225,7 +224,7 @@ fn times(rng: &mut Rng, days: &Days, pool: Pool) -> (Vec<Clock>, String) {
             if small { clock::small_hours(rng, clock) } else { clock::face_phrase(rng, clock) };
         return (vec![clock], text);
     }
-    if rng.percent(6) {
+    if rng.percent(3) {
         let first = clock_within(rng, pool, 5, 20);
         let mut hours: Vec<u32> = rng.sample(&(5..23).collect::<Vec<_>>(), 2);
         if rng.percent(90) {
