@@ -94,7 +94,11 @@ fn run_stage(sh: &Shell, root: &Path, stage: Stage) -> anyhow::Result<()> {
                 cmd!(sh, "cargo test --locked --release --quiet --package {package} --features {features}").run()?;
             }
         }
-        Stage::Demo => cmd!(sh, "cargo test --locked --package xtask --features demo --test demo -- --test-threads 1").run()?,
+        Stage::Demo => cmd!(
+            sh,
+            "cargo test --locked --package xtask --features demo --test demo -- --test-threads 1"
+        )
+        .run()?,
         Stage::Interop => cmd!(sh, "bash tests/interop/run.sh").run()?,
         Stage::Browser => cmd!(sh, "bash tests/browser/run.sh").run()?,
     }

@@ -131,8 +131,16 @@ fn a_row_makes_stale_what_hangs_on_it_and_nothing_else() {
     assert_eq!(
         copy.stale(),
         [
-            "adapter", "dataset", "eval", "gguf", "gguf-q8", "merged", "onnx-fp32", "onnx-int4",
-            "perplexity", "site"
+            "adapter",
+            "dataset",
+            "eval",
+            "gguf",
+            "gguf-q8",
+            "merged",
+            "onnx-fp32",
+            "onnx-int4",
+            "perplexity",
+            "site"
         ]
     );
     let why = said(xtask(copy.path(), &["why", "demo/dataset"]));
@@ -208,7 +216,8 @@ checkpoint_every = 10
 #[test]
 fn a_rebuild_gives_the_same_bytes() {
     let table = said(xtask(built(), &["verify", "--rebuild", "demo"]));
-    for target in ["base", "adapter", "merged", "onnx-fp32", "onnx-int4", "gguf", "gguf-q8", "site"] {
+    for target in ["base", "adapter", "merged", "onnx-fp32", "onnx-int4", "gguf", "gguf-q8", "site"]
+    {
         let line = table.lines().find(|l| l.starts_with(&format!("demo/{target} ")));
         assert!(line.is_some_and(|l| l.contains("identical")), "{target}\n{table}");
     }

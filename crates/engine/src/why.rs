@@ -65,11 +65,14 @@ pub fn differences(store: &Store, before: &Action, after: &Action) -> Vec<Differ
     out
 }
 
+/// Told the name of a field and what it was on each side.
+type Field<'a> = dyn FnMut(&str, Option<String>, Option<String>) + 'a;
+
 fn maps(
     prefix: &str,
     before: &BTreeMap<String, String>,
     after: &BTreeMap<String, String>,
-    field: &mut dyn FnMut(&str, Option<String>, Option<String>),
+    field: &mut Field<'_>,
 ) {
     for key in union(before, after) {
         let name = match prefix {
