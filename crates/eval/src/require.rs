@@ -97,7 +97,7 @@ impl From<Bound> for String {
 /// Refuses a figure that the step does not measure.
 pub(crate) fn check(require: &Require, measured: &[&str]) -> Result<(), ParamError> {
     for (model, bounds) in require {
-        for figure in bounds.keys().filter(|f| !measured.contains(&f.as_str())) {
+        if let Some(figure) = bounds.keys().find(|f| !measured.contains(&f.as_str())) {
             let message = format!("`{figure}` is not measured by this step");
             return Err(ParamError::at(format!("require.{model}.{figure}"), message)
                 .hint(format!("it measures {}", measured.join(", "))));
