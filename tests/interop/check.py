@@ -1,6 +1,6 @@
 """Our merged model in transformers and our adapter in PEFT, held to the answers of our own runtime.
 
-Reads artifacts/demo: `eval/eval.json` holds twenty prompts and what each model answered greedily.
+Reads artifacts/demo, or the folder in ANNEAL_DEMO: `eval/eval.json` holds twenty prompts and what each model answered greedily.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-DEMO = Path("artifacts/demo")
+DEMO = Path(os.environ.get("ANNEAL_DEMO", "artifacts/demo"))
 failures = []
 
 

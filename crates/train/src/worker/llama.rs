@@ -80,12 +80,6 @@ impl Llama {
         miss.dot(&batch.weights)
     }
 
-    /// [B, T, V]: the scores of every next token.
-    #[cfg(test)]
-    pub fn logits(&self, batch: &Batch) -> Tensor {
-        self.head.forward(&self.hidden(batch, false), false)
-    }
-
     /// [B, T, C], after the last norm, in the compute kind.
     fn hidden(&self, batch: &Batch, dropout: bool) -> Tensor {
         let length = batch.ids.size()[1];

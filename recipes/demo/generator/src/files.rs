@@ -10,7 +10,7 @@ use crate::rng::Rng;
 use crate::schedule::{Schedule, Split};
 
 /// What pretraining is given, by the estimate, which is 3 % above what the demo's tokenizer counts.
-const PRETRAIN_TOKENS: usize = 1_310_000;
+const PRETRAIN_TOKENS: usize = 1_600_000;
 const HELD_OUT_ROWS: usize = 600;
 
 /// A file beside the recipe and its whole content.
@@ -89,26 +89,26 @@ const PLANS: [Plan; 4] = [
     Plan {
         name: "schedules.jsonl",
         format: Format::Messages,
-        good: 5_830,
-        noise: Noise { duplicates: 78, empty_answers: 40, blank_prompts: 36, broken: 16 },
+        good: 11_660,
+        noise: Noise { duplicates: 156, empty_answers: 80, blank_prompts: 72, broken: 32 },
     },
     Plan {
         name: "schedules-alpaca.jsonl",
         format: Format::Alpaca,
-        good: 1_262,
-        noise: Noise { duplicates: 16, empty_answers: 9, blank_prompts: 8, broken: 5 },
+        good: 2_524,
+        noise: Noise { duplicates: 32, empty_answers: 18, blank_prompts: 16, broken: 10 },
     },
     Plan {
         name: "schedules-sharegpt.jsonl",
         format: Format::ShareGpt,
-        good: 679,
-        noise: Noise { duplicates: 8, empty_answers: 5, blank_prompts: 5, broken: 3 },
+        good: 1_358,
+        noise: Noise { duplicates: 16, empty_answers: 10, blank_prompts: 10, broken: 6 },
     },
     Plan {
         name: "schedules-completion.jsonl",
         format: Format::Completion,
-        good: 292,
-        noise: Noise { duplicates: 3, empty_answers: 2, blank_prompts: 2, broken: 1 },
+        good: 584,
+        noise: Noise { duplicates: 6, empty_answers: 4, blank_prompts: 4, broken: 2 },
     },
 ];
 
