@@ -38,7 +38,7 @@ const WORKERS: &[(&str, &str, &[&str])] = &[
     ("train", "worker", &["libtorch"]),
     ("merge", "worker", &[]),
     ("onnx", "worker", &[]),
-    ("gguf", "worker", &[]),
+    ("gguf", "llamacpp-test", &["cmake", "libclang"]),
     ("eval", "worker", &["onnxruntime", "cmake", "libclang"]),
     ("site", "worker", &[]),
     ("serve", "worker", &[]),
