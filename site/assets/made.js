@@ -6,15 +6,14 @@ const NAMES = {
   exact_match: 'exactly right',
   same_answers: 'same answers',
   top1_agreement: 'same top token',
-  same_tokens: 'same tokens',
   perplexity: 'perplexity',
   perplexity_ratio: 'ratio',
-  nll: 'nats per token',
-  bits_per_token: 'bits per token',
   kl: 'divergence',
 };
 const KINDS = { model: 'safetensors', 'onnx-model': 'ONNX', 'gguf-model': 'GGUF' };
-const SHARES = /^(exact_match|same_answers|same_tokens|top1_agreement)$/;
+const SHARES = /^(exact_match|same_answers|top1_agreement)$/;
+// Said already by another figure, or a check of the evaluation's own.
+const LEFT_OUT = /(_drop|^nll|^bits_per_token|^same_tokens)$/;
 
 export function fill(section, site) {
   const reports = site.reports.filter(({ models }) => Object.keys(models).length);
@@ -25,9 +24,8 @@ export function fill(section, site) {
 
 function results(report, label) {
   const order = (report.order ?? Object.keys(report.models)).filter((m) => report.models[m]);
-  // How far a figure drops can be seen.
   const columns = (report.figures ?? figuresOf(report, order)).filter((figure) =>
-    !figure.endsWith('_drop') && order.some((m) => typeof report.models[m][figure] === 'number'));
+    !LEFT_OUT.test(figure) && order.some((m) => typeof report.models[m][figure] === 'number'));
   const [main] = columns;
   const bars = order.every((m) => share(main, report.models[m][main] ?? 0));
   const head = el('tr', {}, el('th', { scope: 'col' }, 'model'),
@@ -67,7 +65,8 @@ const share = (figure, value) => SHARES.test(figure) && value >= 0 && value <= 1
 function show(figure, value) {
   if (typeof value !== 'number') return '–';
   if (share(figure, value)) return `${(100 * value).toFixed(1)} %`;
-  return Number(value.toPrecision(4)).toString();
+  if (value > 0 && value < 1e-4) return '< 0.0001';
+  return Number(Number(value.toPrecision(4)).toFixed(4)).toString();
 }
 
 function bar(value) {

@@ -1,6 +1,7 @@
 """Our merged model in transformers and our adapter in PEFT, held to the answers of our own runtime.
 
-Reads artifacts/demo, or the folder in ANNEAL_DEMO: `eval/eval.json` holds twenty prompts and what each model answered greedily.
+Reads artifacts/demo, or the folder in ANNEAL_DEMO: `eval/eval.json` holds twenty prompts and what
+each model answered greedily.
 """
 
 import json
