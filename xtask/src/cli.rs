@@ -60,7 +60,7 @@ pub enum Command {
     Verify {
         #[command(flatten)]
         targets: Targets,
-        /// Run every step again and compare.
+        /// Run the steps of these targets again, each from its recorded inputs, and compare.
         #[arg(long)]
         rebuild: bool,
     },

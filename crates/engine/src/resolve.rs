@@ -74,6 +74,8 @@ pub enum Origin {
 #[derive(Debug, Default)]
 pub struct Graph {
     pub nodes: Vec<Node>,
+    /// The targets that were asked for; the other nodes are what these hang on.
+    pub wanted: BTreeSet<TargetId>,
 }
 
 impl Graph {
@@ -152,7 +154,7 @@ impl<'a> Resolver<'a> {
 
     /// The graph of `wanted` and all that they need.
     pub fn graph(&mut self, wanted: &[TargetId]) -> Result<Graph, Error> {
-        let mut graph = Graph::default();
+        let mut graph = Graph { wanted: wanted.iter().cloned().collect(), ..Graph::default() };
         let mut done = BTreeSet::new();
         for id in wanted {
             self.visit(id, &mut Vec::new(), &mut done, &mut graph)

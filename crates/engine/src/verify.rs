@@ -28,7 +28,8 @@ pub enum Verdict {
 }
 
 impl Engine {
-    /// Runs every step of `graph` again from its recorded inputs and compares. Records nothing.
+    /// Runs the steps that `graph` was asked for again, from their recorded inputs, and compares.
+    /// Records nothing.
     pub fn rebuild(&self, graph: &Graph, on: &mut dyn FnMut(Event)) -> Result<Vec<Rebuilt>, Error> {
         let plan = self.plan(graph)?;
         let mut outputs: BTreeMap<TargetId, TreeDigest> = BTreeMap::new();
@@ -39,6 +40,10 @@ impl Engine {
                     .hint(format!("run `cargo xtask build {}` first", node.id))
                     .into());
             };
+            outputs.insert(node.id.clone(), old.output);
+            if !graph.wanted.contains(&node.id) {
+                continue;
+            }
             let verdict = if node.def.network {
                 Verdict::Skipped
             } else {
@@ -54,7 +59,6 @@ impl Engine {
                 on(Event::Finished { target: &node.id, result: &new, size });
                 self.compare(node.def.rebuild, old, &new)?
             };
-            outputs.insert(node.id.clone(), old.output);
             all.push(Rebuilt { id: node.id.clone(), verdict });
         }
         Ok(all)

@@ -261,6 +261,13 @@ fn a_rebuild_is_held_to_its_bytes() {
     let rebuilt = engine.rebuild(&graph, &mut |_| {}).unwrap();
     let identical = |r: &engine::verify::Rebuilt| r.verdict == engine::verify::Verdict::Identical;
     assert!(rebuilt.iter().all(identical), "{rebuilt:?}");
+    assert_eq!(rebuilt.len(), graph.nodes.len());
+
+    // A target by its name: that one, from what its inputs are.
+    let graph = resolver.graph(&wanted[1..2]).unwrap();
+    let rebuilt = engine.rebuild(&graph, &mut |_| {}).unwrap();
+    assert_eq!(rebuilt.len(), 1);
+    assert_eq!(rebuilt[0].id, wanted[1]);
 }
 
 /// Recipes with one mistake each, and what a person sees.
