@@ -82,9 +82,11 @@ pub fn run(root: &Path, stages: &[Stage]) -> anyhow::Result<ExitCode> {
 fn run_stage(sh: &Shell, root: &Path, stage: Stage) -> anyhow::Result<()> {
     match stage {
         Stage::Format => cmd!(sh, "cargo fmt --all --check").run()?,
-        Stage::Lint => {
-            cmd!(sh, "cargo clippy --locked --workspace --all-targets --features xtask/demo -- -D warnings").run()?
-        }
+        Stage::Lint => cmd!(
+            sh,
+            "cargo clippy --locked --workspace --all-targets --features xtask/demo -- -D warnings"
+        )
+        .run()?,
         Stage::Unit => cmd!(sh, "cargo test --locked --workspace --quiet").run()?,
         Stage::Workers => {
             let engine = engine::Engine::open(root, crate::registry::REGISTRY)?;
