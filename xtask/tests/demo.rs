@@ -63,9 +63,19 @@ impl Copy {
                 fs::copy(from, to).unwrap();
             }
         }
-        let mut link = Command::new("cp");
-        link.args(["-al", "artifacts/v1"]).arg(dir.path().join("artifacts/v1"));
-        said_in(link, from);
+        let (store, copy) = (from.join("artifacts/v1"), dir.path().join("artifacts/v1"));
+        fs::create_dir(&copy).unwrap();
+        for entry in fs::read_dir(&store).unwrap() {
+            let name = entry.unwrap().file_name();
+            if name == "tools" {
+                // The very folder: libtorch is not compiled against again for another path of it.
+                std::os::unix::fs::symlink(store.join(&name), copy.join(&name)).unwrap();
+            } else {
+                let mut link = Command::new("cp");
+                link.arg("-al").arg(store.join(&name)).arg(&copy);
+                said_in(link, from);
+            }
+        }
         Self { dir }
     }
 

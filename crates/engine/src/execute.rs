@@ -375,7 +375,7 @@ impl Engine {
 
     /// A pinned tool, fetched if need be.
     pub fn tool(&self, name: &str, on: &mut dyn FnMut(Event)) -> Result<tools::ToolPaths, Error> {
-        let dir = self.store.root().join("tools");
+        let dir = self.store.tools_dir();
         let found = tools::ensure(name, &self.root, &dir, &mut |text: &str| {
             on(Event::Tool { tool: name, text });
         })?;

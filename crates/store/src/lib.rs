@@ -92,9 +92,11 @@ impl Store {
         &self.root
     }
 
-    /// Where fetched tools live. The store itself never looks inside.
+    /// Where fetched tools live, by the path that no link leads to: what is compiled with them
+    /// remembers it, and workspaces may share one folder of them. The store never looks inside.
     pub fn tools_dir(&self) -> PathBuf {
-        self.root.join("tools")
+        let dir = self.root.join("tools");
+        dir.canonicalize().unwrap_or(dir)
     }
 
     /// Where the blob lies, or would.
