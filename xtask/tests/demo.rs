@@ -197,7 +197,7 @@ step = "train/lora"
 base = "demo/base"
 dataset = "demo/dataset"
 preset = "quick"
-epochs = 0.4
+epochs = 0.2
 batch_tokens = 1024
 checkpoint_every = 10
 "#;
@@ -207,8 +207,9 @@ checkpoint_every = 10
     let mut half = false;
     for line in BufReader::new(child.stdout.take().unwrap()).lines() {
         let event: Value = serde_json::from_str(&line.unwrap()).unwrap();
-        let (done, total) = (event["done"].as_f64(), event["total"].as_f64());
-        if event["unit"] == "steps" && done.unwrap_or(0.0) > 0.5 * total.unwrap_or(f64::MAX) {
+        let progress = &event["progress"];
+        let (done, total) = (progress["done"].as_f64(), progress["total"].as_f64());
+        if progress["unit"] == "steps" && done.unwrap_or(0.0) > 0.5 * total.unwrap_or(f64::MAX) {
             half = true;
             child.kill().unwrap();
             break;
