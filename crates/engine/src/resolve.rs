@@ -154,7 +154,7 @@ impl<'a> Resolver<'a> {
 
     /// The graph of `wanted` and all that they need.
     pub fn graph(&mut self, wanted: &[TargetId]) -> Result<Graph, Error> {
-        let mut graph = Graph { wanted: wanted.iter().cloned().collect(), ..Graph::default() };
+        let mut graph = Graph { nodes: Vec::new(), wanted: wanted.iter().cloned().collect() };
         let mut done = BTreeSet::new();
         for id in wanted {
             self.visit(id, &mut Vec::new(), &mut done, &mut graph)

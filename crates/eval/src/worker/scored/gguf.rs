@@ -12,8 +12,8 @@ use step::worker::{Input, Job};
 
 use super::Scored;
 
-/// llama.cpp's threads spin while they wait for each other: on a busy machine a small model took ten
-/// times as long on two threads as on one.
+/// llama.cpp's threads spin while they wait for each other: on a busy machine two of them fell from
+/// thousands of tokens a second to under thirty, with a model too small to need the second.
 const BYTES_A_THREAD: u64 = 16 << 20;
 
 pub struct Gguf {
