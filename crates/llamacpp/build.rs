@@ -1,4 +1,6 @@
-//! Compiles `src/chat.cpp` against the llama.cpp that llama-cpp-sys-2 has just built.
+//! Compiles `src/chat.cpp` and llama.cpp's Jinja, from the sources that llama-cpp-sys-2 has just built.
+//!
+//! The rest of llama.cpp's `common` (its feature of that crate) is a third of the time and not used.
 
 fn main() {
     println!("cargo:rerun-if-changed=src/chat.cpp");
@@ -18,11 +20,15 @@ fn engine() {
         .find_map(|line| line.strip_prefix("CMAKE_HOME_DIRECTORY:INTERNAL="))
         .unwrap_or_else(|| panic!("{} names no sources", cache.display()));
     let source = std::path::Path::new(source);
+    let common = source.join("common");
+    let jinja = ["lexer", "parser", "runtime", "string", "value"];
     cc::Build::new()
         .cpp(true)
         .std("c++17")
         .file("src/chat.cpp")
-        .includes(["include", "ggml/include", "common", "vendor"].map(|part| source.join(part)))
+        .files(jinja.map(|name| common.join("jinja").join(name).with_extension("cpp")))
+        .files(["json.cpp", "unicode.cpp"].map(|name| common.join(name)))
+        .includes(["ggml/include", "common", "vendor"].map(|part| source.join(part)))
         .warnings(false)
         .compile("anneal_chat");
 }

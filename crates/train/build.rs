@@ -10,8 +10,10 @@ fn main() {
 fn worker() {
     use std::path::PathBuf;
 
-    const SHIM: &str = "src/worker/shim.cpp";
-    println!("cargo:rerun-if-changed={SHIM}");
+    const SOURCES: [&str; 2] = ["src/worker/shim.cpp", "src/worker/fused.cpp"];
+    for path in SOURCES.iter().chain(&["src/worker/shim.h"]) {
+        println!("cargo:rerun-if-changed={path}");
+    }
 
     // torch-sys (`links = "tch"`) tells its direct dependents which libtorch it found.
     println!("cargo:rerun-if-env-changed=DEP_TCH_LIBTORCH_LIB");
@@ -25,7 +27,9 @@ fn worker() {
         // The headers are not ours to mend.
         .flag(format!("-isystem{}", include.display()))
         .flag(format!("-isystem{}", include.join("torch/csrc/api/include").display()))
-        .file(SHIM)
+        // The same bits, whatever instructions a processor has.
+        .flag("-ffp-contract=off")
+        .files(SOURCES)
         .compile("anneal_train_shim");
 
     let lib = lib.display();

@@ -1,15 +1,30 @@
 // The model's chat template through llama.cpp's own Jinja: the C API knows a few templates by
 // heart and takes any other for one of them.
 
-#include "chat.h"
-#include "log.h"
+#include "jinja/lexer.h"
+#include "jinja/parser.h"
+#include "jinja/runtime.h"
+#include "jinja/value.h"
 
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <string>
 
-static char * copied(const std::string & text) {
+namespace {
+
+struct Chat {
+    jinja::program program;
+    std::string    source;
+    std::string    bos;
+    std::string    eos;
+};
+
+jinja::value text(const std::string & text) {
+    return jinja::mk_val<jinja::value_string>(text);
+}
+
+char * copied(const std::string & text) {
     char * out = static_cast<char *>(std::malloc(text.size() + 1));
     if (out != nullptr) {
         std::memcpy(out, text.c_str(), text.size() + 1);
@@ -17,39 +32,44 @@ static char * copied(const std::string & text) {
     return out;
 }
 
+}  // namespace
+
 extern "C" {
 
 void * anneal_chat_new(const char * source, const char * bos, const char * eos, char ** error) {
     try {
-        common_log_set_verbosity_thold(-1);
-        return common_chat_templates_init(nullptr, source, bos, eos).release();
+        const auto tokens = jinja::lexer().tokenize(source);
+        return new Chat{jinja::parse_from_tokens(tokens), tokens.source, bos, eos};
     } catch (const std::exception & e) {
         *error = copied(e.what());
     }
     return nullptr;
 }
 
-void anneal_chat_free(void * templates) {
-    common_chat_templates_free(static_cast<common_chat_templates *>(templates));
+void anneal_chat_free(void * chat) {
+    delete static_cast<Chat *>(chat);
 }
 
 // The prompt, or null and what is wrong. Both are freed with anneal_text_free.
-char * anneal_chat_prompt(const void * templates, const char * const * roles,
+char * anneal_chat_prompt(const void * pointer, const char * const * roles,
                           const char * const * contents, size_t n, char ** error) {
     try {
-        common_chat_templates_inputs inputs;
-        inputs.use_jinja             = true;
-        inputs.add_generation_prompt = true;
-        // As the template says: no tools, no answer to be parsed.
-        inputs.force_pure_content    = true;
+        const Chat * chat = static_cast<const Chat *>(pointer);
+        auto messages = jinja::mk_val<jinja::value_array>();
         for (size_t i = 0; i < n; i++) {
-            common_chat_msg message;
-            message.role    = roles[i];
-            message.content = contents[i];
-            inputs.messages.push_back(message);
+            auto message = jinja::mk_val<jinja::value_object>();
+            message->insert("role", text(roles[i]));
+            message->insert("content", text(contents[i]));
+            messages->push_back(message);
         }
-        const auto * chat = static_cast<const common_chat_templates *>(templates);
-        return copied(common_chat_templates_apply(chat, inputs).prompt);
+        jinja::context context(chat->source);
+        context.set_val("messages", messages);
+        context.set_val("bos_token", text(chat->bos));
+        context.set_val("eos_token", text(chat->eos));
+        context.set_val("add_generation_prompt", jinja::mk_val<jinja::value_bool>(true));
+        jinja::runtime runtime(context);
+        const auto parts = jinja::runtime::gather_string_parts(runtime.execute(chat->program));
+        return copied(parts->as_string().str());
     } catch (const std::exception & e) {
         *error = copied(e.what());
     }

@@ -168,6 +168,14 @@ impl Job {
         self.request.threads.max(1)
     }
 
+    /// How many threads are worth their while to run a model whose weights, at 16 bits, take so
+    /// many bytes. Threads that wait for each other over small matrices cost more than they carry.
+    pub fn threads_for(&self, weights: u64) -> usize {
+        const BYTES_A_THREAD: u64 = 16 << 20;
+        let useful = usize::try_from(1 + weights / BYTES_A_THREAD).unwrap_or(usize::MAX);
+        self.threads().min(useful)
+    }
+
     /// Tells how far the step is. At most ten lines a second are written; the last one always is.
     pub fn progress(&self, progress: Progress) {
         let mut last = self.last_progress.lock().expect("no panic while holding it");

@@ -17,10 +17,6 @@ pub struct Place {
     pub compute: Kind,
 }
 
-/// Parameters that are worth a thread. Threads that wait for each other over smaller matrices cost
-/// more than they carry; results do not depend on how many there are.
-const PARAMETERS_A_THREAD: usize = 8_000_000;
-
 /// Chooses the place for a model of so many parameters, makes libtorch deterministic there, and
 /// tells the job of it.
 pub fn prepare(job: &Job, training: &Training, parameters: usize) -> Result<Place> {
@@ -42,7 +38,8 @@ pub fn prepare(job: &Job, training: &Training, parameters: usize) -> Result<Plac
         // Without matrix units BF16 takes a processor twice the time of float32.
         Compute::Auto | Compute::Float32 => Kind::Float,
     };
-    let threads = job.threads().min(1 + parameters / PARAMETERS_A_THREAD);
+    // Results do not depend on how many there are.
+    let threads = job.threads_for(2 * parameters as u64);
     tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
     shim::deterministic(device == Device::Cpu);
     job.version("libtorch", shim::libtorch_version());

@@ -11,6 +11,8 @@ use checkpoint::config::Config;
 use checkpoint::names;
 use tch::{Device, Kind, Reduction, Tensor};
 
+use crate::fused;
+
 /// Rows side by side, and what is to be predicted in them.
 pub struct Batch {
     /// [B, T], int64.
@@ -72,24 +74,23 @@ impl Llama {
     /// What the model misses in `batch`: the sum over predicting positions of weight × -ln p, a
     /// float32 tensor of no dimensions. `dropout` is on while training.
     pub fn loss(&self, batch: &Batch, dropout: bool) -> Tensor {
-        let x = self.hidden(batch, dropout).flatten(0, 1); // [B·T, C]
-        let x = x.index_select(0, &batch.predicting); // [N, C]
+        let x = self.hidden(batch, dropout).index_select(0, &batch.predicting); // [N, C]
         let logits = self.head.forward(&x, dropout).to_kind(Kind::Float); // [N, V]
         let miss =
             logits.cross_entropy_loss::<Tensor>(&batch.targets, None, Reduction::None, -100, 0.0);
         miss.dot(&batch.weights)
     }
 
-    /// [B, T, C], after the last norm, in the compute kind.
+    /// [B·T, C], after the last norm, in the compute kind.
     fn hidden(&self, batch: &Batch, dropout: bool) -> Tensor {
-        let length = batch.ids.size()[1];
         let rotary = match &batch.packed {
             Some(packed) => self.rotary.at(&packed.positions),
-            None => self.rotary.first(length),
+            None => self.rotary.first(batch.ids.size()[1]),
         }
         .to_kind(self.compute);
         let mask = batch.packed.as_ref().map(|p| &p.mask);
-        let mut x = Tensor::embedding(&self.embedding, &batch.ids, -1, false, false);
+        let ids = batch.ids.flatten(0, 1);
+        let mut x = Tensor::embedding(&self.embedding, &ids, -1, false, false);
         for layer in &self.layers {
             x = layer.forward(&x, &self.config, self.compute, &rotary, mask, dropout);
         }
@@ -154,7 +155,7 @@ impl Layer {
         }
     }
 
-    /// [B, T, C] → [B, T, C]
+    /// [B·T, C] → [B·T, C]
     fn forward(
         &self,
         x: &Tensor,
@@ -164,18 +165,16 @@ impl Layer {
         mask: Option<&Tensor>,
         dropout: bool,
     ) -> Tensor {
-        let (b, t) = (x.size()[0], x.size()[1]);
         let (h, g) = (config.num_heads as i64, config.num_kv_heads as i64);
         let d = config.head_dim as i64;
-        let heads = |x: Tensor, n: i64| x.view([b, t, n, d]).transpose(1, 2); // [B, n, T, D]
 
         let y = rms_norm(x, &self.attention_norm, config.rms_norm_eps, compute);
-        let q = rotary.turn(&heads(self.q.forward(&y, dropout), h));
-        let k = rotary.turn(&heads(self.k.forward(&y, dropout), g));
-        let v = heads(self.v.forward(&y, dropout), g);
+        let q = rotary.turn(&self.q.forward(&y, dropout));
+        let k = rotary.turn(&self.k.forward(&y, dropout));
+        let v = rotary.heads(&self.v.forward(&y, dropout));
         let causal = mask.is_none();
         let y = Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, causal, None, h != g);
-        let y = y.transpose(1, 2).reshape([b, t, h * d]);
+        let y = y.transpose(1, 2).reshape([-1, h * d]);
         let x = x + self.o.forward(&y, dropout);
 
         let y = rms_norm(&x, &self.mlp_norm, config.rms_norm_eps, compute);
@@ -220,12 +219,17 @@ impl Linear {
         name.rsplit('.').next().unwrap_or(name)
     }
 
-    /// [.., in] → [.., out], in the kind of `x`.
+    /// [N, in] → [N, out], in the kind of `x`.
     fn forward(&self, x: &Tensor, dropout: bool) -> Tensor {
-        let y = x.linear::<Tensor>(&self.weight.to_kind(x.kind()), None);
-        let Some(lora) = &self.lora else { return y };
+        let weight = self.weight.to_kind(x.kind());
+        let Some(lora) = &self.lora else { return x.linear::<Tensor>(&weight, None) };
+        let dropout = dropout && lora.dropout > 0.0;
+        if x.kind() == Kind::Float && !dropout {
+            return fused::lora_linear(x, &weight, &lora.a, &lora.b, lora.scale);
+        }
+        let y = x.linear::<Tensor>(&weight, None);
         // Up to float32, add there, round once: as PEFT does with a float32 adapter.
-        let x = x.to_kind(Kind::Float).dropout(lora.dropout, dropout && lora.dropout > 0.0);
+        let x = x.to_kind(Kind::Float).dropout(lora.dropout, dropout);
         let delta = x.linear::<Tensor>(&lora.a, None).linear::<Tensor>(&lora.b, None);
         let kind = y.kind();
         (y + delta * lora.scale).to_kind(kind)
@@ -234,9 +238,8 @@ impl Linear {
 
 /// w · x̂ with x̂ = x / √(mean x² + eps), rounded to the compute kind before w is applied.
 fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, compute: Kind) -> Tensor {
-    if x.kind() == Kind::Float && compute == Kind::Float {
-        // One pass over x, and the same bits: nothing is rounded in between.
-        return x.rms_norm(x.size()[x.dim() - 1..].to_vec(), Some(weight), eps);
+    if fused::takes(x) && compute == Kind::Float {
+        return fused::rms_norm(x, weight, eps);
     }
     let x = x.to_kind(Kind::Float);
     let variance = x.square().mean_dim(-1, true, Kind::Float);
@@ -276,8 +279,18 @@ impl Rotary {
         Self { cos: self.cos.to_kind(kind), sin: self.sin.to_kind(kind) }
     }
 
-    /// [B, n, T, D] → the same, turned by its position.
+    /// [B·T, n·D] → [B, n, T, D]
+    fn heads(&self, x: &Tensor) -> Tensor {
+        let (t, d) = (self.cos.size()[0], self.cos.size()[1]);
+        x.view([-1, t, x.size()[1] / d, d]).transpose(1, 2)
+    }
+
+    /// [B·T, n·D] → [B, n, T, D], turned by its position.
     fn turn(&self, x: &Tensor) -> Tensor {
+        if fused::takes(x) {
+            return self.heads(&fused::rotate(x, &self.cos, &self.sin));
+        }
+        let x = self.heads(x);
         let half = x.size()[3] / 2;
         let turned = Tensor::cat(&[-x.narrow(3, half, half), x.narrow(3, 0, half)], 3);
         x * &self.cos + turned * &self.sin

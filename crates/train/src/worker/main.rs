@@ -6,6 +6,7 @@ mod curve;
 mod data;
 mod device;
 mod fit;
+mod fused;
 mod llama;
 mod lora;
 mod optimiser;

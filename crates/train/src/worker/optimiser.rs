@@ -63,7 +63,7 @@ impl Optimiser {
     /// Clips the gradients and applies them. Returns their 2-norm before clipping, a tensor of no
     /// dimensions, which nobody has waited for.
     pub fn step(&mut self, rate: f64) -> Result<Tensor> {
-        let norm = shim::clip_gradients(&self.params, self.max_grad_norm)?;
+        let (norm, divisor) = shim::gradient_norm(&self.params, self.max_grad_norm)?;
         let all = self.params.len();
         for (range, decay) in [(0..self.decaying, self.weight_decay), (self.decaying..all, 0.0)] {
             let state = Moments {
@@ -72,7 +72,7 @@ impl Optimiser {
                 second: &self.second[range.clone()],
                 steps: &self.steps[range],
             };
-            shim::adamw(state, rate, self.betas, EPS, decay)?;
+            shim::adamw(state, &divisor, rate, self.betas, EPS, decay)?;
         }
         Ok(norm)
     }

@@ -11,26 +11,14 @@
 #include <torch/version.h>
 
 #include <cmath>
-#include <string>
 #include <vector>
+
+#include "shim.h"
 
 using at::Tensor;
 using TensorList = std::vector<Tensor>;
 
 namespace {
-
-thread_local std::string last_error;
-
-template <typename F>
-int guarded(F&& body) {
-  try {
-    body();
-    return 0;
-  } catch (const std::exception& error) {
-    last_error = error.what();
-    return 1;
-  }
-}
 
 TensorList list(Tensor* const* tensors, int count) {
   TensorList out;
@@ -49,8 +37,19 @@ TensorList gradients(Tensor* const* params, int count) {
   return out;
 }
 
-// The sum of squares, the same whatever the number of threads: libtorch's own reduction to one
-// number splits its input by the number of threads.
+BEST_TARGET double square_sum(const float* x, int64_t size) {
+  constexpr int LANES = 8;
+  double lanes[LANES] = {0}, total = 0;
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES)
+    for (int lane = 0; lane < LANES; lane++) lanes[lane] += double(x[i + lane]) * x[i + lane];
+  for (; i < size; i++) total += double(x[i]) * x[i];
+  for (double lane : lanes) total += lane;
+  return total;
+}
+
+// The same whatever the number of threads: libtorch's own reduction to one number splits its input
+// by the number of threads.
 double square_sum(const Tensor& tensor) {
   constexpr int64_t CHUNK = 8192;
   const Tensor flat = tensor.contiguous();
@@ -58,14 +57,9 @@ double square_sum(const Tensor& tensor) {
   const int64_t size = flat.numel(), chunks = (size + CHUNK - 1) / CHUNK;
   std::vector<double> sums(chunks);
   at::parallel_for(0, chunks, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; c++) {
-      const int64_t stop = std::min(size, (c + 1) * CHUNK);
-      double lanes[8] = {0};
-      int64_t i = c * CHUNK;
-      for (; i + 8 <= stop; i += 8)
-        for (int lane = 0; lane < 8; lane++) lanes[lane] += double(x[i + lane]) * x[i + lane];
-      for (; i < stop; i++) lanes[0] += double(x[i]) * x[i];
-      for (double lane : lanes) sums[c] += lane;
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+      const int64_t first = chunk * CHUNK;
+      sums[chunk] = square_sum(x + first, std::min(CHUNK, size - first));
     }
   });
   double total = 0;
@@ -90,12 +84,11 @@ void anneal_deterministic(int strict) {
   at::globalContext().setDeterministicFillUninitializedMemory(false);
 }
 
-// Scales the parameters' gradients in place so that their common 2-norm is at most max_norm (0:
-// any). Returns the norm as it was, a tensor of no dimensions: reading it is the only wait for the
-// device. The formula is torch.nn.utils.clip_grad_norm_'s.
-Tensor* anneal_clip_gradients(Tensor* const* params, int count, double max_norm) {
-  Tensor* out = nullptr;
-  guarded([&] {
+// The common 2-norm of the parameters' gradients, and what to divide them by so that it is at most
+// max_norm (0: any), as torch.nn.utils.clip_grad_norm_ has it. A tensor of two elements: reading it
+// is the only wait for the device.
+Tensor* anneal_gradient_norm(Tensor* const* params, int count, double max_norm) {
+  return guarded([&] {
     at::NoGradGuard no_grad;
     TensorList grads = gradients(params, count);
     Tensor norm;
@@ -106,26 +99,26 @@ Tensor* anneal_clip_gradients(Tensor* const* params, int count, double max_norm)
     } else {
       norm = at::linalg_vector_norm(at::stack(at::_foreach_norm(grads, 2)), 2);
     }
-    if (max_norm > 0) {
-      at::_foreach_mul_(grads, at::clamp_max(max_norm / (norm + 1e-6), 1.0));
-    }
-    out = new Tensor(norm);
+    const Tensor divisor =
+        max_norm > 0 ? at::clamp_min((norm + 1e-6) / max_norm, 1.0) : at::ones_like(norm);
+    return at::stack({norm, divisor});
   });
-  return out;
 }
 
-// One step of AdamW over parameters of one weight decay, by libtorch's fused kernel. steps counts
-// the updates of each parameter. Lets go of the gradients.
+// One step of AdamW over parameters of one weight decay, by libtorch's fused kernel, from their
+// gradients divided by a number. steps counts the updates of each parameter. Lets go of the
+// gradients.
 int anneal_adamw(Tensor* const* params, Tensor* const* first, Tensor* const* second,
-                 Tensor* const* steps, int count, double rate, double beta1, double beta2,
-                 double eps, double weight_decay) {
+                 Tensor* const* steps, int count, const Tensor* divisor, double rate, double beta1,
+                 double beta2, double eps, double weight_decay) {
   return guarded([&] {
     at::NoGradGuard no_grad;
     TensorList grads = gradients(params, count), all = list(params, count),
                m = list(first, count), v = list(second, count), step = list(steps, count);
     at::_foreach_add_(step, 1);
     at::_fused_adamw_(all, grads, m, v, /*max_exp_avg_sqs=*/{}, step, rate, beta1, beta2,
-                      weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false);
+                      weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false,
+                      /*grad_scale=*/*divisor);
     for (Tensor& param : all) param.mutable_grad() = Tensor();
   });
 }

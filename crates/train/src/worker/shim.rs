@@ -4,7 +4,7 @@
 
 use std::ffi::{CStr, c_char, c_int};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
@@ -14,15 +14,12 @@ pub fn deterministic(strict: bool) {
     unsafe { anneal_deterministic(c_int::from(strict)) }
 }
 
-/// Scales the gradients of `params` so that their common 2-norm is at most `max_norm` (0: any).
-///
-/// Returns the norm before that, a tensor of no dimensions on the parameters' device.
-pub fn clip_gradients(params: &[Tensor], max_norm: f64) -> Result<Tensor> {
-    let norm = unsafe { anneal_clip_gradients(pointers(params).as_ptr(), len(params), max_norm) };
-    if norm.is_null() {
-        bail!("clipping gradients: {}", error());
-    }
-    Ok(unsafe { Tensor::from_ptr(norm) })
+/// The common 2-norm of the gradients of `params`, and what to divide them by so that it is at most
+/// `max_norm` (0: any): tensors of no dimensions on the parameters' device.
+pub fn gradient_norm(params: &[Tensor], max_norm: f64) -> Result<(Tensor, Tensor)> {
+    let both = unsafe { anneal_gradient_norm(pointers(params).as_ptr(), len(params), max_norm) };
+    let both = tensor(both).context("the norm of the gradients")?;
+    Ok((both.get(0), both.get(1)))
 }
 
 /// Parameters with what AdamW remembers of each: slices of one length.
@@ -35,10 +32,11 @@ pub struct Moments<'a> {
     pub steps: &'a [Tensor],
 }
 
-/// One update by AdamW (Loshchilov & Hutter, 2019) from the parameters' gradients, which are let
-/// go of.
+/// One update by AdamW (Loshchilov & Hutter, 2019) from the parameters' gradients divided by
+/// `divisor`; they are let go of.
 pub fn adamw(
     state: Moments,
+    divisor: &Tensor,
     rate: f64,
     betas: [f64; 2],
     eps: f64,
@@ -54,6 +52,7 @@ pub fn adamw(
             pointers(state.second).as_ptr(),
             pointers(state.steps).as_ptr(),
             len(state.params),
+            divisor.as_ptr() as *const C_tensor,
             rate,
             betas[0],
             betas[1],
@@ -80,6 +79,14 @@ fn len(tensors: &[Tensor]) -> c_int {
     c_int::try_from(tensors.len()).expect("fewer than 2³¹ tensors")
 }
 
+/// The tensor that a call returned, or why it returned none.
+pub fn tensor(pointer: *mut C_tensor) -> Result<Tensor> {
+    if pointer.is_null() {
+        bail!("{}", error());
+    }
+    Ok(unsafe { Tensor::from_ptr(pointer) })
+}
+
 fn error() -> String {
     unsafe { CStr::from_ptr(anneal_error()) }.to_string_lossy().into_owned()
 }
@@ -89,7 +96,7 @@ unsafe extern "C" {
     fn anneal_error() -> *const c_char;
     fn anneal_libtorch_version() -> *const c_char;
     fn anneal_deterministic(strict: c_int);
-    fn anneal_clip_gradients(
+    fn anneal_gradient_norm(
         params: *const *mut C_tensor,
         count: c_int,
         max_norm: f64,
@@ -100,6 +107,7 @@ unsafe extern "C" {
         second: *const *mut C_tensor,
         steps: *const *mut C_tensor,
         count: c_int,
+        divisor: *const C_tensor,
         rate: f64,
         beta1: f64,
         beta2: f64,

@@ -12,10 +12,6 @@ use step::worker::{Input, Job};
 
 use super::Scored;
 
-/// llama.cpp's threads spin while they wait for each other: on a busy machine two of them fell from
-/// thousands of tokens a second to under thirty, with a model too small to need the second.
-const BYTES_A_THREAD: u64 = 16 << 20;
-
 pub struct Gguf {
     model: Model,
     stop_ids: Vec<u32>,
@@ -24,8 +20,9 @@ pub struct Gguf {
 pub fn open(job: &Job, input: &Input) -> Result<Gguf> {
     let path = file_in(&input.path)?;
     let bytes = path.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
-    let useful = usize::try_from(1 + bytes / BYTES_A_THREAD).unwrap_or(usize::MAX);
-    let model = Model::load(&path, job.threads().min(useful)).map_err(failed)?;
+    // llama.cpp's threads spin while they wait for each other: on a busy machine two of them fell
+    // from thousands of tokens a second to under thirty, with a model too small to need the second.
+    let model = Model::load(&path, job.threads_for(bytes)).map_err(failed)?;
     job.version("llama.cpp", llamacpp::VERSION);
     Ok(Gguf { stop_ids: model.end_ids(), model })
 }
