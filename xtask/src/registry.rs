@@ -12,5 +12,6 @@ pub const REGISTRY: Registry = Registry {
         &gguf::FAMILY,
         &eval::FAMILY,
         &site::FAMILY,
+        &command::FAMILY,
     ],
 };

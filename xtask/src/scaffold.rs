@@ -132,11 +132,12 @@ const LIGHT: &str = r#"//! `{name}`: the files of a model, as they are.
 //!
 //! Knows nothing of how the work is done: that is the worker's part.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::{InputDef, Kind, Step};
 
 /// The parameters of `{name}`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct {Type} {}
 

@@ -44,6 +44,7 @@ const WORKERS: &[(&[&str], &[&str])] = &[
         &["onnxruntime", "cmake", "libclang"],
     ),
     (&["site/worker"], &[]),
+    (&["command/worker"], &[]),
     (&["serve/worker"], &[]),
 ];
 

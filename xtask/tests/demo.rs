@@ -197,9 +197,9 @@ step = "train/lora"
 base = "demo/base"
 dataset = "demo/dataset"
 preset = "quick"
-epochs = 0.2
+epochs = 0.08
 batch_tokens = 1024
-checkpoint_every = 10
+checkpoint_every = 5
 "#;
     fs::write(copy.path().join("recipes/killed.toml"), recipe).unwrap();
     let mut build = xtask(copy.path(), &["--json", "build", "killed/adapter"]);

@@ -2,6 +2,7 @@
 //!
 //! The chat template is the tokenizer's own, so what is trained on is what the model will be asked.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::definition::ParamError;
 use step::{InputDef, Kind, Step};
@@ -9,7 +10,7 @@ use step::{InputDef, Kind, Step};
 use crate::rows::{Format, OnBroken};
 
 /// The parameters of `dataset/chat`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Chat {
     #[serde(default)]
@@ -38,7 +39,7 @@ fn forty_two() -> u64 {
 }
 
 /// Shares that sum to 1.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Split {
     #[serde(default)]

@@ -1,9 +1,10 @@
 //! The forms in which people write training rows, by the names they are known under.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// How a line of JSON says a conversation.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
     /// Each line by the keys that it has.
@@ -22,7 +23,7 @@ pub enum Format {
 }
 
 /// What to do with a line that is no row.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnBroken {
     /// Stop, and name file and line.

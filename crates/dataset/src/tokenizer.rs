@@ -1,6 +1,7 @@
 //! `dataset/tokenizer`: a byte-level BPE trained on the rows it will read, with its special tokens
 //! and its chat template.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::definition::ParamError;
 use step::{InputDef, Kind, Step};
@@ -8,7 +9,7 @@ use step::{InputDef, Kind, Step};
 use crate::rows::{Format, OnBroken};
 
 /// The parameters of `dataset/tokenizer`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Tokenizer {
     /// Tokens, special ones counted.

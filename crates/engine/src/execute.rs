@@ -274,22 +274,36 @@ impl Engine {
             inputs.insert(input.field.clone(), digest);
         }
         let code = self.code.borrow_mut().family(node.family.name)?;
+        let mut tools = BTreeMap::new();
+        for tool in node.def.tools {
+            tools.insert(tool.to_string(), tools::version_and_hash(tool, &self.root)?);
+        }
+        for name in (node.def.programs)(&node.params) {
+            let digest = self.program(&name)?;
+            tools.insert(format!("program {name}"), digest);
+        }
         let action = Action {
             format: action::FORMAT,
             step: node.def.name.into(),
             params: node.params.clone(),
             inputs: inputs.clone(),
             code,
-            tools: node
-                .def
-                .tools
-                .iter()
-                .map(|tool| Ok((tool.to_string(), tools::version_and_hash(tool, &self.root)?)))
-                .collect::<Result<_, Failure>>()?,
+            tools,
             platform: platform(node.def.platform),
         };
         let key = action.key();
         Ok(Ready { action, key, inputs, files })
+    }
+
+    /// The digest of the program that `PATH` finds under this name. One that is missing fails when
+    /// it is to run.
+    fn program(&self, name: &str) -> Result<String, Error> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let found = std::env::split_paths(&path).map(|dir| dir.join(name)).find(|p| p.is_file());
+        Ok(match found {
+            Some(path) => self.store.hash_path(&path)?.digest().to_string(),
+            None => "not found".into(),
+        })
     }
 
     /// The recorded result, or why there is none (`None`: there never was).

@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use engine::{Engine, Event, Registry, Stale, Status, Workers};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::{Family, InputDef, Kind, Step, StepDef};
 
 macro_rules! demo_step {
     ($type:ident, $name:literal) => {
-        #[derive(Serialize, Deserialize)]
+        #[derive(Serialize, Deserialize, JsonSchema)]
         #[serde(deny_unknown_fields)]
         struct $type {
             #[serde(default)]

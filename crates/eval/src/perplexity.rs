@@ -2,13 +2,14 @@
 //!
 //! Loads no model: this is what a recipe says and what a plan needs to know.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::{InputDef, Kind, Known, ParamError, Rebuild, Step, Unsupported};
 
 use crate::require::{self, Require};
 
 /// Perplexity over the supervised tokens of a split.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Perplexity {
     /// The split of the dataset that is read.

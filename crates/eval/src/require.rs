@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::ParamError;
 
@@ -13,8 +14,9 @@ use step::ParamError;
 pub type Require = BTreeMap<String, BTreeMap<String, Bound>>;
 
 /// A bound on a figure, `>= 0.9` in a recipe.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
 pub struct Bound {
     relation: Relation,
     value: f64,

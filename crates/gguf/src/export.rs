@@ -2,11 +2,12 @@
 //!
 //! It is written from the checkpoint's own bits: nothing is rounded twice.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::{InputDef, Kind, Known, Step, Unsupported};
 
 /// The parameters of `gguf/export`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Export {
     /// The type of the matrices; vectors are always F32.
@@ -15,7 +16,7 @@ pub struct Export {
 }
 
 /// llama.cpp's names, as users of its quantisation tool know them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Quant {
     F32,
     #[default]

@@ -3,11 +3,12 @@
 //! The base is the original one in 16 or 32 bits, by digest: there is no way to merge into a
 //! quantised copy of it.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::{InputDef, Kind, Step};
 
 /// The parameters of `merge/lora`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Lora {
     /// The type of the merged weights: the sum is made in f32 and rounded to it once.
@@ -15,7 +16,7 @@ pub struct Lora {
     pub dtype: Dtype,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     #[default]

@@ -1,11 +1,12 @@
 //! `onnx/export`: a model as Transformers.js and ONNX Runtime read it.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::definition::{Known, ParamError};
 use step::{InputDef, Kind, Step, Unsupported};
 
 /// The parameters of `onnx/export`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Export {
     /// How weights are stored, by the names that Transformers.js has for them.
@@ -19,7 +20,7 @@ fn four_thousand() -> u32 {
     4096
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     Fp32,

@@ -2,11 +2,12 @@
 //!
 //! Knows nothing of the page's code: that is an input, as the model is.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::{InputDef, Kind, ParamError, Step};
 
 /// The parameters of `site/chat`: what the page says, and how it shows an answer.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Chat {
     /// The heading, and the name of the tab.
@@ -28,7 +29,7 @@ pub struct Chat {
 }
 
 /// What an answer is, and so how the page shows it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Answer {
     /// Text; a conversation goes on.

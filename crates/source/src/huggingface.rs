@@ -4,13 +4,14 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use step::definition::Known;
 use step::{Facts, InputDef, Kind, ParamError, Step};
 
 /// The parameters of `source/huggingface`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct HuggingFace {
     /// `google/gemma-3-270m-it`.
@@ -32,7 +33,7 @@ pub struct HuggingFace {
     pub lock: Option<Pin>,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum RepoType {
     #[default]
@@ -41,7 +42,7 @@ pub enum RepoType {
 }
 
 /// What a revision meant: a commit and its files.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Pin {
     pub commit: String,
@@ -49,7 +50,7 @@ pub struct Pin {
     pub files: BTreeMap<String, PinnedFile>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PinnedFile {
     /// Bytes.

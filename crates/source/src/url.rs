@@ -2,11 +2,12 @@
 //!
 //! Knows nothing of what is in the file.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::{InputDef, Kind, ParamError, Step};
 
 /// The parameters of `source/url`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Url {
     pub url: String,

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::{JsonSchema, Schema, schema_for};
 use serde::Serialize;
 use serde::de::{self, DeserializeOwned, Deserializer, Visitor};
 use serde_json::{Map, Value};
@@ -22,7 +23,7 @@ pub struct Family {
 }
 
 /// A step's typed parameters, as they stand in a recipe with defaults filled in.
-pub trait Step: Serialize + DeserializeOwned {
+pub trait Step: Serialize + DeserializeOwned + JsonSchema {
     /// `family/step`, and the path of the file that declares it.
     const NAME: &'static str;
     /// One line for people.
@@ -64,6 +65,18 @@ pub trait Step: Serialize + DeserializeOwned {
             .map(|k| k.facts.clone())
             .find(|f| *f != Facts::default())
             .unwrap_or_default()
+    }
+
+    /// Programs of this machine that take part in the result, by the names that find them on
+    /// `PATH`: their bytes are part of the key.
+    fn programs(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// How many threads the step uses at most, if that is less than the machine has: the others
+    /// are free for another step.
+    fn threads(&self) -> Option<usize> {
+        None
     }
 
     /// Refuses by name what is declared but not built yet: an architecture, a dtype.
@@ -185,11 +198,15 @@ pub struct StepDef {
     pub tools: &'static [&'static str],
     /// The keys of its table, inputs and `step` left out.
     pub keys: fn() -> &'static [&'static str],
+    /// The JSON Schema of those keys.
+    pub schema: fn() -> Schema,
     /// Recipe parameters → the full set, in canonical form.
     pub resolve: fn(Map<String, Value>) -> Result<Value, ParamError>,
     /// Resolved parameters and known inputs → what is known of the output.
     pub facts: fn(&Value, &Known) -> Facts,
     pub supports: fn(&Value, &Known) -> Result<(), Unsupported>,
+    pub programs: fn(&Value) -> Vec<String>,
+    pub threads: fn(&Value) -> Option<usize>,
 }
 
 impl StepDef {
@@ -205,11 +222,24 @@ impl StepDef {
             locked: S::LOCKED,
             tools: S::TOOLS,
             keys: field_names::<S>,
+            schema: schema::<S>,
             resolve: resolve::<S>,
             facts: |params, inputs| typed::<S>(params).facts(inputs),
             supports: |params, inputs| typed::<S>(params).supports(inputs),
+            programs: |params| typed::<S>(params).programs(),
+            threads: |params| typed::<S>(params).threads(),
         }
     }
+}
+
+/// The schema of what a recipe writes: keys that [`Step::fill`] supplies may be left out.
+fn schema<S: Step>() -> Schema {
+    let mut schema = schema_for!(S);
+    let filled = S::fill(Map::new()).unwrap_or_default();
+    if let Some(Value::Array(required)) = schema.get_mut("required") {
+        required.retain(|key| key.as_str().is_none_or(|key| !filled.contains_key(key)));
+    }
+    schema
 }
 
 fn resolve<S: Step>(params: Map<String, Value>) -> Result<Value, ParamError> {
@@ -267,7 +297,7 @@ mod tests {
     use serde::Deserialize;
     use serde_json::json;
 
-    #[derive(Serialize, Deserialize)]
+    #[derive(Serialize, Deserialize, JsonSchema)]
     #[serde(deny_unknown_fields)]
     struct Demo {
         rank: u32,

@@ -1,9 +1,12 @@
 //! What an artifact is: the word that lets a recipe be checked before anything runs.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The kind of an artifact. ARCHITECTURE.md lists the files that each one holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// Files as they came: from the recipe's folder, a URL, or a dataset repository.
@@ -27,6 +30,18 @@ pub enum Kind {
 }
 
 impl Kind {
+    pub const ALL: &'static [Kind] = &[
+        Kind::Files,
+        Kind::Dataset,
+        Kind::Tokenizer,
+        Kind::Model,
+        Kind::Adapter,
+        Kind::OnnxModel,
+        Kind::GgufModel,
+        Kind::Metrics,
+        Kind::Site,
+    ];
+
     /// How people call it, article included.
     pub const fn article(self) -> &'static str {
         match self {

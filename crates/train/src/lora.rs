@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of libtorch: the worker does the training.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use step::definition::{InputDef, Known, ParamError, Platform, Step, Unsupported};
@@ -27,7 +28,7 @@ training_step! {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Preset {
     Quick,

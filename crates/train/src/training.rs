@@ -2,6 +2,7 @@
 //!
 //! Knows nothing of libtorch, of architectures, or of what is trained.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use step::ParamError;
@@ -17,6 +18,7 @@ macro_rules! training_step {
     }) => {
         $(#[$meta])*
         #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+        #[derive(schemars::JsonSchema)]
         #[serde(deny_unknown_fields)]
         pub struct $name {
             $($(#[$field_meta])* pub $field: $type,)*
@@ -98,7 +100,7 @@ pub struct Training {
 }
 
 /// The learning rate after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Schedule {
     /// Half a cosine, down to 0.
@@ -109,7 +111,7 @@ pub enum Schedule {
 }
 
 /// How rows share a batch. No row ever attends to another one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Packing {
     /// As `never`, unless padding would be more than a fifth of all positions.
@@ -121,7 +123,7 @@ pub enum Packing {
 }
 
 /// What activations and products are held in. What is trained is always held in float32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Compute {
     /// bfloat16 on a GPU, float32 on a processor.
@@ -130,7 +132,7 @@ pub enum Compute {
     Bfloat16,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Device {
     /// CUDA when there is one.

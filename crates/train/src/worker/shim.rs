@@ -52,7 +52,7 @@ pub fn adamw(
             pointers(state.second).as_ptr(),
             pointers(state.steps).as_ptr(),
             len(state.params),
-            divisor.as_ptr() as *const C_tensor,
+            divisor.as_ptr(),
             rate,
             betas[0],
             betas[1],
