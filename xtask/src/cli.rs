@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 #[command(name = "anneal", bin_name = "cargo xtask", version, max_term_width = 100)]
 #[command(after_help = "\
 A TARGET is `recipe/target` (demo/site), a recipe (demo: all its targets), or a target of the demo
-(site). Exit codes: 0 done, 1 your input, 2 your environment, 3 a bug of ours.")]
+(site). Exit codes: 0 done, 1 your input, 2 your environment, 3 a bug of ours, 130 stopped by you.")]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -25,11 +25,30 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Make what is stale, and nothing else. With no TARGET: the demo.
-    Build(Targets),
+    Build {
+        #[command(flatten)]
+        targets: Targets,
+        /// After a failure, go on with what does not hang on it.
+        #[arg(short, long)]
+        keep_going: bool,
+        /// How many threads steps may use together; all there are, if not said.
+        #[arg(short = 'j', long, value_name = "N")]
+        threads: Option<usize>,
+    },
     /// What would run, and why.
     Plan(Targets),
     /// Which field differs from what was built last.
     Why { target: String },
+    /// Say "same result": a stale target keeps what was built last, and that is on the record.
+    Vouch {
+        #[command(flatten)]
+        targets: Targets,
+        /// Even if inputs or parameters differ.
+        #[arg(long)]
+        anyway: bool,
+    },
+    /// Take that back.
+    Unvouch(Targets),
     /// Files, sizes, digests, metrics and provenance of what was built.
     Show {
         target: String,
@@ -80,6 +99,15 @@ pub enum Command {
         #[command(subcommand)]
         what: New,
     },
+    /// Measure Anneal beside other build tools.
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
+    /// The JSON Schema of recipes, with which editors complete and check them.
+    Schema,
+    /// Completions for a shell, to be sourced.
+    Completions { shell: clap_complete::Shell },
     /// The whole test suite: format, lints, unit, workers, end to end, browser.
     Test {
         /// Only these stages.
@@ -94,11 +122,33 @@ pub struct Targets {
     pub targets: Vec<String>,
 }
 
+impl Targets {
+    /// What was typed, or what is meant where nothing was.
+    pub fn words(&self) -> Vec<String> {
+        match self.targets.as_slice() {
+            [] => vec![engine::DEFAULT_RECIPE.to_string()],
+            words => words.to_vec(),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum GraphFormat {
     Text,
     Dot,
     Mermaid,
+    /// One page that needs nothing else.
+    Html,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// A build around its steps: nothing stale, one changed, from nothing, hashing, restoring.
+    Engine {
+        /// How much input to hash.
+        #[arg(long, default_value_t = 5, value_name = "GIB")]
+        gib: u64,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -8,15 +8,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Command as Process, ExitCode, Stdio};
 use std::time::Duration;
 
+use clap::CommandFactory;
 use engine::verify::Verdict;
-use engine::{Engine, Graph, Plan, Stale, Status};
+use engine::{Engine, Graph, Options, Plan, Stale, Status};
 use serde_json::json;
 use step::Failure;
 
-use crate::cli::{Cli, Command, GraphFormat, New, Targets};
+use crate::cli::{Bench, Cli, Command, GraphFormat, New, Targets};
 use crate::display::{self, Display};
 use crate::registry::REGISTRY;
-use crate::{error, scaffold, suite};
+use crate::{bench, error, scaffold, schema, signals, suite};
 
 pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let root = workspace(cli.workspace.as_deref())?;
@@ -25,9 +26,19 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::New { what: New::Step { name } } => scaffold::step(&root, &name)?,
         Command::New { what: New::Recipe { name } } => scaffold::recipe(&root, &name)?,
         Command::Test { stages } => return suite::run(&root, &stages),
-        Command::Build(targets) => build(&open(&root)?, &targets, json)?,
+        Command::Build { targets, keep_going, threads } => {
+            let options = Options { keep_going, threads, words: targets.words() };
+            return build(&open(&root)?, &targets, options, json);
+        }
+        Command::Bench { what: Bench::Engine { gib } } => bench::engine(&root, gib)?,
+        Command::Schema => println!("{:#}", schema::of_recipes(REGISTRY)),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "anneal", &mut std::io::stdout());
+        }
         Command::Plan(targets) => return plan(&open(&root)?, &targets, json),
         Command::Why { target } => why(&open(&root)?, &target, json)?,
+        Command::Vouch { targets, anyway } => vouch(&open(&root)?, &targets, anyway, json)?,
+        Command::Unvouch(targets) => unvouch(&open(&root)?, &targets, json)?,
         Command::Show { target, log } => show::run(&open(&root)?, &target, log, json)?,
         Command::Graph { targets, format } => graph(&open(&root)?, &targets, format)?,
         Command::Serve { target, port, host } => return serve(&open(&root)?, &target, &host, port),
@@ -65,20 +76,32 @@ fn workspace(given: Option<&Path>) -> anyhow::Result<PathBuf> {
 
 fn resolve(engine: &Engine, targets: &Targets) -> anyhow::Result<Graph> {
     let mut resolver = engine.resolver();
-    let words = match targets.targets.as_slice() {
-        [] => vec![engine::DEFAULT_RECIPE.to_string()],
-        words => words.to_vec(),
-    };
-    let wanted = resolver.expand(&words)?;
+    let wanted = resolver.expand(&targets.words())?;
     Ok(resolver.graph(&wanted)?)
 }
 
-fn build(engine: &Engine, targets: &Targets, json: bool) -> anyhow::Result<()> {
+fn build(
+    engine: &Engine,
+    targets: &Targets,
+    options: Options,
+    json: bool,
+) -> anyhow::Result<ExitCode> {
+    if !json && let Some(targets) = engine.up_to_date(&options.words) {
+        println!("{}", display::up_to_date(targets));
+        return Ok(ExitCode::SUCCESS);
+    }
     let graph = resolve(engine, targets)?;
+    let running = engine.running();
+    signals::stop(engine.running())?;
     let mut display = Display::new(json, &graph);
-    let built = engine.build(&graph, &mut |event| display.event(&event))?;
-    display.summary(engine, &built);
-    Ok(())
+    let outcome = engine.build(&graph, options, &mut |event| display.event(&event))?;
+    display.summary(engine, &outcome);
+    if running.is_stopped() {
+        eprintln!("stopped: what was made is kept; a training goes on from its last checkpoint");
+        return Ok(error::STOPPED.into());
+    }
+    let codes = outcome.failed.into_iter().map(|(_, failed)| error::report(&failed.into()));
+    Ok(codes.collect::<Vec<_>>().first().copied().unwrap_or(ExitCode::SUCCESS))
 }
 
 fn plan(engine: &Engine, targets: &Targets, json: bool) -> anyhow::Result<ExitCode> {
@@ -183,11 +206,42 @@ fn why(engine: &Engine, target: &str, json: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn vouch(engine: &Engine, targets: &Targets, anyway: bool, json: bool) -> anyhow::Result<()> {
+    let graph = resolve(engine, targets)?;
+    for one in engine.vouch(&graph, anyway)? {
+        if json {
+            println!(
+                "{}",
+                json!({"target": one.id, "from": one.from, "key": one.key, "differences": one.differences})
+            );
+            continue;
+        }
+        println!("{} keeps the result of action {}, though:", one.id, one.from.short());
+        for difference in &one.differences {
+            println!("  {difference}");
+        }
+    }
+    Ok(())
+}
+
+fn unvouch(engine: &Engine, targets: &Targets, json: bool) -> anyhow::Result<()> {
+    for id in engine.resolver().expand(&targets.words())? {
+        let from = engine.unvouch(&id)?;
+        match from {
+            _ if json => println!("{}", json!({"target": id, "from": from})),
+            Some(from) => println!("{id} stands for action {} again", from.short()),
+            None => println!("{id}: nobody vouched for it"),
+        }
+    }
+    Ok(())
+}
+
 fn graph(engine: &Engine, targets: &Targets, format: GraphFormat) -> anyhow::Result<()> {
     let graph = resolve(engine, targets)?;
     match format {
         GraphFormat::Text => print!("{}", engine::graph::text(&graph, &engine.plan(&graph)?)),
         GraphFormat::Dot => print!("{}", engine::graph::dot(&graph)),
+        GraphFormat::Html => print!("{}", engine::graph::page(&graph, &engine.plan(&graph)?)),
         GraphFormat::Mermaid => print!("{}", engine::graph::mermaid(&graph)),
     }
     Ok(())
@@ -196,7 +250,10 @@ fn graph(engine: &Engine, targets: &Targets, format: GraphFormat) -> anyhow::Res
 /// Builds what is stale, then serves. The server is a worker too: its libraries are not ours.
 fn serve(engine: &Engine, target: &str, host: &str, port: u16) -> anyhow::Result<ExitCode> {
     let targets = Targets { targets: vec![target.into()] };
-    build(engine, &targets, false)?;
+    let built = build(engine, &targets, Options::default(), false)?;
+    if built != ExitCode::SUCCESS {
+        return Ok(built);
+    }
     let graph = resolve(engine, &targets)?;
     let node = graph.nodes.last().expect("a graph holds what it was asked for");
     if node.kind != step::Kind::Site {

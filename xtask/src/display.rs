@@ -1,4 +1,4 @@
-//! How a build looks: a live line for the running step, plain lines where nobody watches, JSON
+//! How a build looks: a live line for each running step, plain lines where nobody watches, JSON
 //! lines for scripts, one table at the end.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -6,15 +6,15 @@ use std::fmt;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use engine::{Engine, Event, Graph};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use engine::{Engine, Event, Graph, Outcome};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use step::worker::Progress;
 
 enum Mode {
     Json,
-    /// Somebody watches: one line that moves.
-    Live(ProgressBar),
+    /// Somebody watches: a line that moves for each running step, and one for all else.
+    Live(MultiProgress),
     /// A log file or CI: a line now and then.
     Plain {
         last: Instant,
@@ -25,9 +25,16 @@ pub struct Display {
     mode: Mode,
     /// Widest target name, so that columns stand.
     width: usize,
+    /// What moves now, by who it is: a target, a family being compiled, a tool.
+    moving: BTreeMap<String, Moving>,
+    compiled: usize,
+}
+
+struct Moving {
+    /// Where somebody watches.
+    bar: Option<ProgressBar>,
     losses: VecDeque<f64>,
     started: Instant,
-    compiled: usize,
 }
 
 impl Display {
@@ -35,21 +42,12 @@ impl Display {
         let mode = if json {
             Mode::Json
         } else if std::io::stderr().is_terminal() {
-            let bar = ProgressBar::new_spinner();
-            bar.set_style(style("{spinner:.cyan} {prefix} {wide_msg}"));
-            bar.enable_steady_tick(Duration::from_millis(120));
-            Mode::Live(bar)
+            Mode::Live(MultiProgress::new())
         } else {
             Mode::Plain { last: Instant::now() }
         };
         let width = graph.nodes.iter().map(|n| n.id.to_string().chars().count()).max();
-        Self {
-            mode,
-            width: width.unwrap_or(0),
-            losses: VecDeque::new(),
-            started: Instant::now(),
-            compiled: 0,
-        }
+        Self { mode, width: width.unwrap_or(0), moving: BTreeMap::new(), compiled: 0 }
     }
 
     pub fn event(&mut self, event: &Event) {
@@ -70,6 +68,7 @@ impl Display {
                 }
             }
             Event::Compiled { family, wall } => {
+                self.still(family);
                 if wall.as_secs() >= 2 {
                     self.line(
                         family,
@@ -84,50 +83,64 @@ impl Display {
                 self.moving(&target.to_string(), &text);
             }
             Event::Started { target, reason, .. } => {
-                self.losses.clear();
-                self.started = Instant::now();
                 self.line(&target.to_string(), &reason.to_string());
+                self.moving(&target.to_string(), "");
             }
             Event::Progress { target, progress } => {
+                let who = target.to_string();
+                let moving = self.start(&who);
                 if let Some(loss) = progress.values.get("loss") {
-                    self.losses.push_back(*loss);
-                    while self.losses.len() > 24 {
-                        self.losses.pop_front();
+                    moving.losses.push_back(*loss);
+                    while moving.losses.len() > 24 {
+                        moving.losses.pop_front();
                     }
                 }
-                let text = self.progress(progress);
-                self.moving(&target.to_string(), &text);
+                let text = moving.text(progress);
+                self.moving(&who, &text);
             }
             Event::Note { target, text } => self.line(&target.to_string(), text),
             Event::Finished { target, result, size } => {
+                let who = target.to_string();
+                self.still(&who);
                 let wall = seconds(result.provenance.wall_seconds);
-                self.line(&target.to_string(), &format!("made in {wall}, {}", bytes(*size)));
+                self.line(&who, &format!("made in {wall}, {}", bytes(*size)));
             }
-            Event::Failed { .. } => self.clear(),
+            Event::Failed { target, failure } => {
+                let who = target.to_string();
+                self.still(&who);
+                self.line(&who, &format!("FAILED: {}", failure.message));
+            }
         }
     }
 
-    /// Takes the moving line away.
-    pub fn clear(&self) {
-        if let Mode::Live(bar) = &self.mode {
-            bar.finish_and_clear();
+    /// Takes away what moves.
+    pub fn clear(&mut self) {
+        for moving in std::mem::take(&mut self.moving).into_values() {
+            moving.bar.into_iter().for_each(|bar| bar.finish_and_clear());
         }
     }
 
-    pub fn summary(&self, engine: &Engine, built: &[engine::Built]) {
+    pub fn summary(&mut self, engine: &Engine, outcome: &Outcome) {
         self.clear();
+        let Outcome { built, failed, lost } = outcome;
         let ran = built.iter().filter(|b| b.ran).count();
         if let Mode::Json = self.mode {
-            println!("{}", json!({"event": "done", "made": ran, "cached": built.len() - ran}));
+            let cached = built.len() - ran;
+            let (failed, lost) = (failed.len(), lost.len());
+            let done = json!({"event": "done", "made": ran, "cached": cached, "failed": failed, "lost": lost});
+            println!("{done}");
             return;
         }
-        if ran == 0 {
-            println!("up to date: {} targets", built.len());
+        if ran == 0 && failed.is_empty() {
+            println!("{}", up_to_date(built.len()));
             return;
         }
+        // Of many targets, only those that something happened to.
+        const MANY: usize = 40;
         let mut table = Table::new(["target", "", "time", "cpu", "size", "figures"]);
-        for one in built {
-            let p = &one.result.provenance;
+        for one in built.iter().filter(|one| one.ran || built.len() <= MANY) {
+            let Some(result) = engine.result(one.key) else { continue };
+            let p = &result.provenance;
             let (state, wall, cpu) = if one.ran {
                 ("made", seconds(p.wall_seconds), seconds(p.cpu_seconds))
             } else {
@@ -138,11 +151,24 @@ impl Display {
                 state.into(),
                 wall,
                 cpu,
-                bytes(one.size),
-                figures(&one.result.metrics),
+                engine.store().tree(one.output).map_or(String::new(), |tree| bytes(tree.size())),
+                figures(&result.metrics),
             ]);
         }
+        let none = || [(); 4].map(|()| String::new());
+        for (id, _) in failed {
+            let [a, b, c, d] = none();
+            let state = if engine.running().is_stopped() { "stopped" } else { "FAILED" };
+            table.row([id.to_string(), state.into(), a, b, c, d]);
+        }
+        for id in lost {
+            let [a, b, c, d] = none();
+            table.row([id.to_string(), "not made".into(), a, b, c, d]);
+        }
         print!("{table}");
+        if !failed.is_empty() {
+            return;
+        }
         if let Some(last) = built.last() {
             let link = engine.link(&last.id);
             let link = link.strip_prefix(engine.root()).unwrap_or(&link);
@@ -153,13 +179,71 @@ impl Display {
                 last.id,
                 link.display()
             );
-            if last.result.kind == step::Kind::Site {
+            if engine.result(last.key).is_some_and(|result| result.kind == step::Kind::Site) {
                 println!("look at it: cargo xtask serve {}", last.id);
             }
         }
     }
 
-    fn progress(&self, p: &Progress) -> String {
+    /// What moves under this name, from now on if it did not.
+    fn start(&mut self, who: &str) -> &mut Moving {
+        let mode = &self.mode;
+        self.moving.entry(who.to_string()).or_insert_with(|| {
+            let bar = match mode {
+                Mode::Live(all) => {
+                    let bar = all.add(ProgressBar::new_spinner());
+                    bar.set_style(style("{spinner:.cyan} {prefix} {wide_msg}"));
+                    bar.enable_steady_tick(Duration::from_millis(120));
+                    Some(bar)
+                }
+                _ => None,
+            };
+            Moving { bar, losses: VecDeque::new(), started: Instant::now() }
+        })
+    }
+
+    fn still(&mut self, who: &str) {
+        let bar = self.moving.remove(who).and_then(|moving| moving.bar);
+        bar.into_iter().for_each(|bar| bar.finish_and_clear());
+    }
+
+    /// A line that the next one of the same name replaces.
+    fn moving(&mut self, who: &str, text: &str) {
+        let width = self.width;
+        if let Some(bar) = &self.start(who).bar {
+            bar.set_prefix(format!("{who:width$}"));
+            bar.set_message(text.to_string());
+        }
+        if let Mode::Plain { last } = &mut self.mode
+            && last.elapsed() > Duration::from_secs(15)
+        {
+            *last = Instant::now();
+            eprintln!("{who:width$}  {text}");
+        }
+    }
+
+    /// A line that stays.
+    fn line(&mut self, who: &str, text: &str) {
+        let width = self.width;
+        for (i, part) in text.lines().enumerate() {
+            let who = if i == 0 { who } else { "" };
+            let line = format!("{who:width$}  {part}");
+            match &mut self.mode {
+                // A terminal that is gone is no reason to stop.
+                Mode::Live(all) => _ = all.println(format!("  {line}")),
+                Mode::Plain { last } => {
+                    *last = Instant::now();
+                    eprintln!("{line}");
+                }
+                Mode::Json => {}
+            }
+        }
+    }
+}
+
+impl Moving {
+    /// How far it is.
+    fn text(&self, p: &Progress) -> String {
         let mut parts = vec![p.phase.clone()];
         let show = |n: u64| if p.unit == "bytes" { bytes(n) } else { n.to_string() };
         if p.total > 0 {
@@ -183,39 +267,6 @@ impl Display {
         }
         parts.join("  ")
     }
-
-    /// A line that the next one replaces.
-    fn moving(&mut self, who: &str, text: &str) {
-        let width = self.width;
-        match &mut self.mode {
-            Mode::Live(bar) => {
-                bar.set_prefix(format!("{who:width$}"));
-                bar.set_message(text.to_string());
-            }
-            Mode::Plain { last } if last.elapsed() > Duration::from_secs(15) => {
-                *last = Instant::now();
-                eprintln!("{who:width$}  {text}");
-            }
-            _ => {}
-        }
-    }
-
-    /// A line that stays.
-    fn line(&mut self, who: &str, text: &str) {
-        let width = self.width;
-        for (i, part) in text.lines().enumerate() {
-            let who = if i == 0 { who } else { "" };
-            let line = format!("{who:width$}  {part}");
-            match &mut self.mode {
-                Mode::Live(bar) => bar.println(format!("  {line}")),
-                Mode::Plain { last } => {
-                    *last = Instant::now();
-                    eprintln!("{line}");
-                }
-                Mode::Json => {}
-            }
-        }
-    }
 }
 
 fn to_json(event: &Event) -> Option<serde_json::Value> {
@@ -225,8 +276,8 @@ fn to_json(event: &Event) -> Option<serde_json::Value> {
         Event::Compiled { family, wall } => {
             json!({"event": "compiled", "family": family, "wall_seconds": wall.as_secs_f64()})
         }
-        Event::Cached { target, result } => {
-            json!({"event": "cached", "target": target, "key": result.key, "output": result.output})
+        Event::Cached { target, key, output } => {
+            json!({"event": "cached", "target": target, "key": key, "output": output})
         }
         Event::Waiting { target, holder } => {
             json!({"event": "waiting", "target": target, "holder": holder_name(holder)})
@@ -255,6 +306,10 @@ fn holder_name(holder: &store::Holder) -> String {
         Some(host) => format!("{pid} on {host}"),
         None => pid,
     }
+}
+
+pub fn up_to_date(targets: usize) -> String {
+    format!("up to date: {targets} targets")
 }
 
 /// A bar over bytes, hidden for scripts.

@@ -13,6 +13,9 @@ pub const ENVIRONMENT: u8 = Class::Environment.exit_code();
 #[allow(dead_code, reason = "the list of exit codes is whole")]
 pub const BUG: u8 = Class::Bug.exit_code();
 
+/// A signal stopped it: what shells say of Ctrl-C.
+pub const STOPPED: u8 = 130;
+
 /// Prints `error` on standard error.
 pub fn report(error: &anyhow::Error) -> ExitCode {
     if let Some(engine::Error::Recipe(diagnostic)) = error.downcast_ref::<engine::Error>() {

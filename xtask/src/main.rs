@@ -2,12 +2,15 @@
 //!
 //! Knows nothing of how a step works: it links the families' light halves only.
 
+mod bench;
 mod cli;
 mod commands;
 mod display;
 mod error;
 mod registry;
 mod scaffold;
+mod schema;
+mod signals;
 mod suite;
 mod tidy;
 

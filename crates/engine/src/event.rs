@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use step::worker::Progress;
-use step::{ActionKey, ActionResult};
+use step::{ActionKey, ActionResult, TreeDigest};
 
 use crate::plan::Stale;
 use crate::target::TargetId;
@@ -28,7 +28,8 @@ pub enum Event<'a> {
     /// The target's result was in the store.
     Cached {
         target: &'a TargetId,
-        result: &'a ActionResult,
+        key: ActionKey,
+        output: TreeDigest,
     },
     /// Somebody else runs the same action; we wait for them.
     Waiting {

@@ -3,29 +3,79 @@
 //! A result is recorded once all its bytes are in the store and its inputs are what they were
 //! before it ran. Killed at any moment, the store holds finished results only.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, mpsc};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use step::worker::{self, Mode, Request};
-use step::{Action, ActionResult, Failure, Platform, Provenance, TreeDigest, action, canonical};
+use step::{
+    Action, ActionKey, ActionResult, Failure, Platform, Provenance, TreeDigest, action, canonical,
+};
 
 use crate::plan::{Blocked, Plan, Planned, Ready, Stale, Status};
 use crate::process::{self, Said};
 use crate::resolve::{Graph, Input, Node, Origin};
+use crate::schedule::Schedule;
 use crate::target::TargetId;
-use crate::{Engine, Error, Event, Workers, tools, why};
+use crate::{Engine, Error, Event, Workers, code, held, tools, why};
 
-/// What a build came to, target by target.
+/// How to build.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// After a failure, go on with what does not hang on it.
+    pub keep_going: bool,
+    /// How many threads steps may use together; all that the machine has, if not said.
+    pub threads: Option<usize>,
+    /// The words that the targets were asked for with: [`Engine::up_to_date`] may then answer the
+    /// same question next time. None: nothing is remembered.
+    pub words: Vec<String>,
+}
+
+/// What a build came to.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// In the order of the graph.
+    pub built: Vec<Built>,
+    /// In the order in which they failed.
+    pub failed: Vec<(TargetId, Error)>,
+    /// What hangs on those.
+    pub lost: Vec<TargetId>,
+}
+
+impl Outcome {
+    fn fail(&mut self, node: &Node, error: Error, stopped: bool, tell: &dyn Fn(Event<'_>)) {
+        if let Error::Failure(failure) = &error
+            && !stopped
+        {
+            tell(Event::Failed { target: &node.id, failure });
+        }
+        self.failed.push((node.id.clone(), error));
+    }
+
+    /// What was built, if nothing failed; else the first failure.
+    pub fn into_result(mut self) -> Result<Vec<Built>, Error> {
+        match self.failed.is_empty() {
+            true => Ok(self.built),
+            false => Err(self.failed.swap_remove(0).1),
+        }
+    }
+}
+
+enum Looked {
+    Found(Built),
+    Stale(Box<Ready>, Stale),
+}
+
+/// A target that was made, or found.
 #[derive(Debug)]
 pub struct Built {
     pub id: TargetId,
-    pub result: ActionResult,
+    pub key: ActionKey,
+    pub output: TreeDigest,
     /// Whether it ran now, or was found.
     pub ran: bool,
-    /// Bytes.
-    pub size: u64,
 }
 
 impl Engine {
@@ -34,72 +84,193 @@ impl Engine {
         let mut targets: Vec<Planned> = Vec::new();
         let mut outputs: BTreeMap<TargetId, TreeDigest> = BTreeMap::new();
         let facts = graph.facts();
+        let mut stuck = BTreeSet::new();
         for node in &graph.nodes {
             let last = self.last(&node.id);
-            let blocked = self.blocked(node, &targets, &facts[&node.id].0);
-            let waits: Vec<TargetId> =
-                targets_of(node).filter(|id| !outputs.contains_key(id)).cloned().collect();
-            let status = if let Some(blocked) = blocked {
-                Status::Blocked(blocked)
-            } else if !waits.is_empty() {
-                Status::Stale(Stale::Waits(waits))
-            } else {
-                let ready = self.ready(node, &outputs)?;
-                match self.find(&ready)? {
-                    Ok(result) => {
-                        outputs.insert(node.id.clone(), result.output);
-                        Status::Cached(Box::new(result))
-                    }
-                    Err(lost) => Status::Stale(self.reason(&ready, last.as_ref(), lost)),
+            let status = match self.blocked(node, &stuck, &facts[&node.id].0) {
+                Some(blocked) => {
+                    stuck.insert(&node.id);
+                    Status::Blocked(blocked)
                 }
+                None => self.status(node, &outputs, last.as_ref())?.0,
             };
+            if let Status::Cached(result) = &status {
+                outputs.insert(node.id.clone(), result.output);
+            }
             targets.push(Planned { id: node.id.clone(), step: node.def.name, status, last });
         }
         self.finish_caches();
         Ok(Plan { targets })
     }
 
-    /// Makes every target of `graph`, in order, and links it for people.
-    pub fn build(&self, graph: &Graph, on: &mut dyn FnMut(Event)) -> Result<Vec<Built>, Error> {
-        let facts = graph.facts();
-        let mut built: Vec<Built> = Vec::new();
-        let mut outputs = BTreeMap::new();
-        for node in &graph.nodes {
-            if let Some(blocked) = self.blocked(node, &[], &facts[&node.id].0) {
-                return Err(Failure::input(format!("{}: {blocked}", node.id)).into());
-            }
-            let ready = self.ready(node, &outputs)?;
-            let one = match self.make(node, &ready, &outputs, on) {
-                Ok(one) => one,
-                Err(error) => {
-                    self.finish_caches();
-                    if let Error::Failure(failure) = &error {
-                        on(Event::Failed { target: &node.id, failure });
-                    }
-                    return Err(error);
-                }
-            };
-            outputs.insert(node.id.clone(), one.result.output);
-            built.push(one);
+    /// The status of one target, given the outputs of those before it that are made; its action,
+    /// where that can be known.
+    pub(crate) fn status(
+        &self,
+        node: &Node,
+        outputs: &BTreeMap<TargetId, TreeDigest>,
+        last: Option<&ActionResult>,
+    ) -> Result<(Status, Option<Ready>), Error> {
+        let waits: Vec<TargetId> =
+            targets_of(node).filter(|id| !outputs.contains_key(id)).cloned().collect();
+        if !waits.is_empty() {
+            return Ok((Status::Stale(Stale::Waits(waits)), None));
         }
-        self.finish_caches();
-        Ok(built)
+        let ready = self.ready(node, outputs)?;
+        let status = match self.find(&ready)? {
+            Ok(result) => Status::Cached(Box::new(result)),
+            Err(lost) => Status::Stale(self.reason(&ready, last, lost)),
+        };
+        Ok((status, Some(ready)))
     }
 
-    /// One target whose inputs are made.
+    /// Makes every target of `graph` that is stale, those that do not need each other side by side
+    /// as far as there are threads for them, and links all of them for people.
+    ///
+    /// After a failure nothing more is started, unless `options` say to go on with what does not
+    /// hang on it. What was made until then is kept.
+    pub fn build(
+        &self,
+        graph: &Graph,
+        options: Options,
+        on: &mut (dyn FnMut(Event) + Send),
+    ) -> Result<Outcome, Error> {
+        if !options.words.is_empty() {
+            *held(&self.remembered) = self.fresh(&options.words);
+        }
+        let on = Mutex::new(on);
+        let tell = |event: Event<'_>| held(&on)(event);
+        let facts = graph.facts();
+        let total = options.threads.unwrap_or_else(threads_here).max(1);
+        let mut schedule = Schedule::new(graph);
+        let mut outputs = BTreeMap::new();
+        let mut outcome = Outcome::default();
+        let mut lost = BTreeSet::new();
+        std::thread::scope(|scope| {
+            let (sender, receiver) = mpsc::channel();
+            // Stale, and in line for threads: whoever is first in it is started first.
+            let mut line: VecDeque<(usize, Ready, Stale, usize)> = VecDeque::new();
+            let (mut running, mut busy) = (0, 0);
+            loop {
+                let going_on = outcome.failed.is_empty() || options.keep_going;
+                while let Some(place) = schedule.next().filter(|_| going_on) {
+                    let node = &graph.nodes[place];
+                    let threads = (node.def.threads)(&node.params).unwrap_or(total).min(total);
+                    match self.look(node, &facts[&node.id].0, &outputs, &tell) {
+                        Ok(Looked::Found(built)) => {
+                            outputs.insert(node.id.clone(), built.output);
+                            outcome.built.push(built);
+                            schedule.made(place);
+                        }
+                        Ok(Looked::Stale(ready, stale)) => {
+                            line.push_back((place, *ready, stale, threads));
+                        }
+                        Err(error) => {
+                            lost.extend(schedule.lost_with(place));
+                            outcome.fail(node, error, self.running.is_stopped(), &tell);
+                        }
+                    }
+                }
+                if !going_on {
+                    line.clear();
+                }
+                while line.front().is_some_and(|next| busy + next.3 <= total) {
+                    let (place, ready, stale, threads) = line.pop_front().expect("there is one");
+                    let node = &graph.nodes[place];
+                    let inputs = self.inputs_of(node, &outputs);
+                    let (sender, tell) = (sender.clone(), &tell);
+                    running += 1;
+                    busy += threads;
+                    scope.spawn(move || {
+                        let mut on = |event: Event<'_>| tell(event);
+                        let made = self.make(node, &ready, &stale, threads, &inputs, &mut on);
+                        // The receiver lives as long as anything runs.
+                        let _ = sender.send((place, threads, made));
+                    });
+                }
+                if running == 0 {
+                    break;
+                }
+                let (place, threads, made) = receiver.recv().expect("a sender is kept");
+                running -= 1;
+                busy -= threads;
+                let node = &graph.nodes[place];
+                match made {
+                    Ok(built) => {
+                        outputs.insert(node.id.clone(), built.output);
+                        outcome.built.push(built);
+                        schedule.made(place);
+                    }
+                    Err(error) => {
+                        lost.extend(schedule.lost_with(place));
+                        outcome.fail(node, error, self.running.is_stopped(), &tell);
+                    }
+                }
+            }
+        });
+        self.finish_caches();
+        let places: BTreeMap<_, _> = graph.nodes.iter().map(|n| &n.id).zip(0..).collect();
+        outcome.built.sort_by_key(|built| places[&built.id]);
+        if outcome.failed.is_empty() && !options.words.is_empty() {
+            self.remember_fresh(&options.words, graph, &outcome.built, self.opened);
+        }
+        outcome.lost = lost.into_iter().map(|place| graph.nodes[place].id.clone()).collect();
+        Ok(outcome)
+    }
+
+    /// Whether a target whose inputs are made is made itself.
+    fn look(
+        &self,
+        node: &Node,
+        known: &step::definition::Known,
+        outputs: &BTreeMap<TargetId, TreeDigest>,
+        tell: &dyn Fn(Event<'_>),
+    ) -> Result<Looked, Error> {
+        if let Some(built) = self.still_made(node, outputs) {
+            tell(Event::Cached { target: &built.id, key: built.key, output: built.output });
+            return Ok(Looked::Found(built));
+        }
+        if let Some(blocked) = self.blocked(node, &BTreeSet::new(), known) {
+            return Err(Failure::input(format!("{}: {blocked}", node.id)).into());
+        }
+        let ready = self.ready(node, outputs)?;
+        let mut found = self.find(&ready)?;
+        if let Ok(result) = found {
+            match self.found(&node.id, result, tell) {
+                Ok(built) => return Ok(Looked::Found(built)),
+                // A file that turns out damaged when it is laid out is lost from then on.
+                Err(_) => found = self.find(&ready)?,
+            }
+        }
+        match found {
+            Ok(result) => Ok(Looked::Found(self.found(&node.id, result, tell)?)),
+            Err(lost) => {
+                let stale = self.reason(&ready, self.last(&node.id).as_ref(), lost);
+                Ok(Looked::Stale(Box::new(ready), stale))
+            }
+        }
+    }
+
+    /// The outputs that a node takes as inputs.
+    fn inputs_of(
+        &self,
+        node: &Node,
+        outputs: &BTreeMap<TargetId, TreeDigest>,
+    ) -> BTreeMap<TargetId, TreeDigest> {
+        targets_of(node).map(|id| (id.clone(), outputs[id])).collect()
+    }
+
+    /// Makes one target, `stale` says why.
     fn make(
         &self,
         node: &Node,
         ready: &Ready,
+        stale: &Stale,
+        threads: usize,
         outputs: &BTreeMap<TargetId, TreeDigest>,
         on: &mut dyn FnMut(Event),
     ) -> Result<Built, Error> {
         let target = &node.id;
-        let lost = match self.find(ready)? {
-            Ok(result) => return self.found(target, result, on),
-            Err(lost) => lost,
-        };
-        let reason = self.reason(ready, self.last(target).as_ref(), lost);
         let _guard = self.store.lock(ready.key, &mut |holder| {
             on(Event::Waiting { target, holder });
         })?;
@@ -108,26 +279,26 @@ impl Engine {
             return self.found(target, result, on);
         }
         let worker = self.worker(node, on)?;
-        on(Event::Started { target, key: ready.key, reason: &reason });
-        let result = self.run(node, ready, &worker, outputs, on)?;
+        on(Event::Started { target, key: ready.key, reason: stale });
+        let result = self.run(node, ready, &worker, threads, outputs, on)?;
         let result = self.store.actions().record(&result)?;
         self.store.clear_scratch(ready.key)?;
         self.point(target, &result)?;
         let size = self.store.tree(result.output)?.size();
         on(Event::Finished { target, result: &result, size });
-        Ok(Built { id: target.clone(), result, ran: true, size })
+        Ok(Built { id: target.clone(), key: result.key, output: result.output, ran: true })
     }
 
     fn found(
         &self,
         target: &TargetId,
         result: ActionResult,
-        on: &mut dyn FnMut(Event),
+        mut tell: impl FnMut(Event<'_>),
     ) -> Result<Built, Error> {
         self.point(target, &result)?;
-        on(Event::Cached { target, result: &result });
-        let size = self.store.tree(result.output)?.size();
-        Ok(Built { id: target.clone(), result, ran: false, size })
+        let ActionResult { key, output, .. } = result;
+        tell(Event::Cached { target, key, output });
+        Ok(Built { id: target.clone(), key, output, ran: false })
     }
 
     /// Runs the worker and takes its output in; records nothing.
@@ -136,22 +307,25 @@ impl Engine {
         node: &Node,
         ready: &Ready,
         worker: &Path,
+        threads: usize,
         outputs: &BTreeMap<TargetId, TreeDigest>,
         on: &mut dyn FnMut(Event),
     ) -> Result<ActionResult, Error> {
         let target = &node.id;
         let attempt = self.store.attempt(&target.to_string())?;
-        let request = self.request(node, ready, attempt.path(), outputs, Mode::Build, on)?;
+        let mut request = self.request(node, ready, attempt.path(), outputs, Mode::Build, on)?;
+        request.threads = threads;
         let started = SystemTime::now();
         let clock = Instant::now();
-        let outcome = process::run(worker, &request, attempt.path(), &mut |said| match said {
-            Said::Progress(progress) => on(Event::Progress { target, progress }),
-            Said::Note(text) => on(Event::Note { target, text }),
-        })
-        .map_err(|failure| Failure {
-            message: format!("{target}: {}", failure.message),
-            ..failure
-        })?;
+        let outcome =
+            process::run(worker, &request, attempt.path(), &self.running, &mut |said| match said {
+                Said::Progress(progress) => on(Event::Progress { target, progress }),
+                Said::Note(text) => on(Event::Note { target, text }),
+            })
+            .map_err(|failure| Failure {
+                message: format!("{target}: {}", failure.message),
+                ..failure
+            })?;
         let wall_seconds = clock.elapsed().as_secs_f64();
         self.unchanged(node, ready)?;
 
@@ -160,7 +334,7 @@ impl Engine {
         let log = self.store.put_bytes(&outcome.log)?;
         let mut versions = outcome.versions;
         let device = versions.remove("device").unwrap_or_else(|| "cpu".into());
-        let (git_commit, git_dirty) = git(&self.root);
+        let (git_commit, git_dirty) = self.commit.get_or_init(|| git(&self.root)).clone();
         let provenance = Provenance {
             started: started.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
             wall_seconds,
@@ -231,7 +405,7 @@ impl Engine {
             report: attempt.join("report"),
             scratch,
             tools: tool_paths,
-            threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
+            threads: threads_here(),
         };
         for dir in [&request.out, &request.report] {
             std::fs::create_dir_all(dir).map_err(|e| {
@@ -273,7 +447,7 @@ impl Engine {
             };
             inputs.insert(input.field.clone(), digest);
         }
-        let code = self.code.borrow_mut().family(node.family.name)?;
+        let code = self.code()?.as_mut().expect("it was read").family(node.family.name)?;
         let mut tools = BTreeMap::new();
         for tool in node.def.tools {
             tools.insert(tool.to_string(), tools::version_and_hash(tool, &self.root)?);
@@ -298,12 +472,28 @@ impl Engine {
     /// The digest of the program that `PATH` finds under this name. One that is missing fails when
     /// it is to run.
     fn program(&self, name: &str) -> Result<String, Error> {
+        let mut known = held(&self.programs);
+        if let Some(digest) = known.get(name) {
+            return Ok(digest.clone());
+        }
         let path = std::env::var_os("PATH").unwrap_or_default();
         let found = std::env::split_paths(&path).map(|dir| dir.join(name)).find(|p| p.is_file());
-        Ok(match found {
+        let digest = match found {
             Some(path) => self.store.hash_path(&path)?.digest().to_string(),
             None => "not found".into(),
-        })
+        };
+        known.insert(name.into(), digest.clone());
+        Ok(digest)
+    }
+
+    /// The workspace's code, read the first time.
+    fn code(&self) -> Result<MutexGuard<'_, Option<code::CodeBase>>, Failure> {
+        let mut code = held(&self.code);
+        if code.is_none() {
+            let tokens = self.store.root().join("token-cache.json");
+            *code = Some(code::CodeBase::open(&self.root, &tokens)?);
+        }
+        Ok(code)
     }
 
     /// The recorded result, or why there is none (`None`: there never was).
@@ -329,9 +519,9 @@ impl Engine {
 
     /// Keeps what stands behind a key, so that `why` can compare it: the action, the trees of its
     /// files, the parts of its code. All of them lie under their own digests.
-    fn remember(&self, ready: &Ready) {
-        let code = self.code.borrow();
-        let parts = code.parts_of(ready.action.code);
+    pub(crate) fn remember(&self, ready: &Ready) {
+        let code = held(&self.code);
+        let parts = code.as_ref().and_then(|code| code.parts_of(ready.action.code));
         // Only explanations hang on these, so failing to write them stops nothing.
         let _ = self.store.put_action(&ready.action);
         for tree in ready.files.values() {
@@ -345,7 +535,7 @@ impl Engine {
     fn blocked(
         &self,
         node: &Node,
-        before: &[Planned],
+        stuck: &BTreeSet<&TargetId>,
         known: &step::definition::Known,
     ) -> Option<Blocked> {
         if let Err(unsupported) = (node.def.supports)(&node.params, known) {
@@ -354,10 +544,7 @@ impl Engine {
         if node.unlocked {
             return Some(Blocked::NotLocked(node.id.clone()));
         }
-        let blocked = |id: &&TargetId| {
-            before.iter().any(|p| p.id == **id && matches!(p.status, Status::Blocked(_)))
-        };
-        targets_of(node).find(blocked).cloned().map(Blocked::On)
+        targets_of(node).find(|id| stuck.contains(id)).cloned().map(Blocked::On)
     }
 
     /// The family's worker, compiled if need be.
@@ -365,11 +552,19 @@ impl Engine {
         if let Workers::Fixed(path) = &self.workers {
             return Ok(path.clone());
         }
+        // Held while cargo runs: whoever needs the same worker waits for it here.
+        let mut compiled = held(&self.compiled);
+        let family = node.family.name;
+        if let Some(path) = compiled.get(family) {
+            return Ok(path.clone());
+        }
         let mut env = BTreeMap::new();
         for tool in node.family.build_tools {
             env.extend(self.tool(tool, on)?.env);
         }
-        self.compile(node.family.name, &env, on)
+        let path = self.compile(family, &env, on)?;
+        compiled.insert(family.into(), path.clone());
+        Ok(path)
     }
 
     /// The worker of a package, compiled if need be.
@@ -413,25 +608,31 @@ impl Engine {
         Ok(path)
     }
 
-    /// Makes the target's name stand for `result`: pointer and links.
-    fn point(&self, target: &TargetId, result: &ActionResult) -> Result<(), Error> {
+    /// Makes the target's name stand for `result`: links, and the pointer last. Whoever finds the
+    /// pointer as it should be need not look at what was made before it.
+    pub(crate) fn point(&self, target: &TargetId, result: &ActionResult) -> Result<(), Error> {
         let pointer = self.pointer(target);
         let text = serde_json::to_vec(&result.key).expect("a key serialises to JSON");
         let link = self.link(target);
-        if std::fs::read(&pointer).is_ok_and(|old| old == text) && link.is_dir() {
+        // Made again if somebody changed what it leads to.
+        let folder = self.materialise(result.output)?;
+        let leads_there =
+            std::fs::read_link(&link).is_ok_and(|to| to.file_name() == folder.file_name());
+        if leads_there && std::fs::read(&pointer).is_ok_and(|old| old == text) {
             return Ok(());
         }
-        write_atomic(&pointer, &text)?;
-        symlink(&self.materialise(result.output)?, &link)?;
-        if !self.store.tree(result.report)?.entries().is_empty() {
-            let report = link.with_file_name(format!("{}.report", target.target));
+        symlink(&folder, &link)?;
+        let report = link.with_file_name(format!("{}.report", target.target));
+        if self.store.tree(result.report)?.entries().is_empty() {
+            let _ = std::fs::remove_file(&report);
+        } else {
             symlink(&self.materialise(result.report)?, &report)?;
         }
-        Ok(())
+        Ok(write_atomic(&pointer, &text)?)
     }
 
     fn finish_caches(&self) {
-        self.code.borrow().save();
+        held(&self.code).iter().for_each(code::CodeBase::save);
         self.store.save_stat_cache();
     }
 }
@@ -467,12 +668,20 @@ fn platform(policy: Platform) -> Option<String> {
         Platform::Any => None,
         Platform::Arch => Some(arch()),
         Platform::Exact => {
-            let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-            let model = info.lines().find_map(|l| l.strip_prefix("model name"));
-            let model = model.unwrap_or("unknown").trim_start_matches([' ', '\t', ':']);
-            Some(format!("{} {model}", arch()))
+            Some(format!("{} {}", arch(), processor().as_deref().unwrap_or("unknown")))
         }
     }
+}
+
+/// The processor's model, where the system tells.
+pub(crate) fn processor() -> Option<String> {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info.lines().find_map(|l| l.strip_prefix("model name"))?;
+    Some(model.trim_start_matches([' ', '\t', ':']).to_string())
+}
+
+pub(crate) fn threads_here() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
 /// The commit of the workspace and whether it was changed since.
@@ -501,7 +710,7 @@ fn rename(from: &Path, to: &Path) -> Result<(), Failure> {
         .map_err(|e| Failure::environment(format!("cannot write {}: {e}", to.display())))
 }
 
-fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
     let io = |e| {
         let error = anyhow::Error::new(e).context(format!("cannot write {}", path.display()));
         Failure::from_anyhow(&error)

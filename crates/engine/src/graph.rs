@@ -1,4 +1,8 @@
-//! Pictures of a graph: text for a terminal, dot for Graphviz, mermaid for Markdown.
+//! Pictures of a graph: text for a terminal, dot for Graphviz, mermaid for Markdown, a page.
+
+mod html;
+
+pub use html::page;
 
 use std::fmt::Write;
 

@@ -6,26 +6,32 @@
 pub mod code;
 mod event;
 mod execute;
+mod fresh;
 pub mod gc;
 pub mod graph;
 pub mod lock;
 pub mod plan;
 mod process;
 pub mod resolve;
+mod schedule;
 mod target;
 pub mod tools;
 pub mod verify;
+pub mod vouch;
 pub mod why;
 
-use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::SystemTime;
 
 use step::{Action, ActionKey, ActionResult, Failure};
 use store::Store;
 
 pub use event::Event;
-pub use execute::Built;
+pub use execute::{Built, Options, Outcome};
 pub use plan::{Blocked, Plan, Planned, Stale, Status};
+pub use process::Running;
 pub use resolve::{DEFAULT_RECIPE, Graph, Input, Node, Origin, Registry, Resolver};
 pub use target::TargetId;
 
@@ -74,26 +80,40 @@ pub enum Workers {
     Fixed(PathBuf),
 }
 
-/// One workspace and its store.
+/// One workspace and its store. Shared between the threads of a build.
 pub struct Engine {
     root: PathBuf,
     store: Store,
     registry: Registry,
-    code: RefCell<code::CodeBase>,
+    opened: SystemTime,
+    /// Read when the first key is made.
+    code: Mutex<Option<code::CodeBase>>,
     workers: Workers,
+    /// Family → its worker, once compiled.
+    compiled: Mutex<BTreeMap<String, PathBuf>>,
+    /// The workspace's commit, and whether it was changed since; asked for once.
+    commit: OnceLock<(Option<String>, bool)>,
+    /// Program → its digest.
+    programs: Mutex<BTreeMap<String, String>>,
+    remembered: Mutex<Option<fresh::Fresh>>,
+    running: Arc<Running>,
 }
 
 impl Engine {
     /// Opens the workspace at `root`, whose store is `artifacts/v1`.
     pub fn open(root: &Path, registry: Registry) -> Result<Self, Error> {
-        let store = Store::open(&store_path(root))?;
-        let code = code::CodeBase::open(root, &store.root().join("token-cache.json"))?;
         Ok(Self {
             root: root.to_path_buf(),
-            store,
+            opened: SystemTime::now(),
+            store: Store::open(&store_path(root))?,
             registry,
-            code: RefCell::new(code),
+            code: Mutex::new(None),
             workers: Workers::Cargo,
+            compiled: Mutex::default(),
+            commit: OnceLock::new(),
+            programs: Mutex::default(),
+            remembered: Mutex::default(),
+            running: Arc::default(),
         })
     }
 
@@ -113,6 +133,11 @@ impl Engine {
         self.registry
     }
 
+    /// The workers of this engine that run now: how another thread ends them.
+    pub fn running(&self) -> Arc<Running> {
+        Arc::clone(&self.running)
+    }
+
     pub fn resolver(&self) -> Resolver<'_> {
         Resolver::new(&self.root, self.registry)
     }
@@ -121,6 +146,11 @@ impl Engine {
     pub fn last(&self, id: &TargetId) -> Option<ActionResult> {
         let text = std::fs::read(self.pointer(id)).ok()?;
         let key: ActionKey = serde_json::from_slice(&text).ok()?;
+        self.result(key)
+    }
+
+    /// The result of an action, if it is usable.
+    pub fn result(&self, key: ActionKey) -> Option<ActionResult> {
         self.store.actions().lookup(key).ok()?.found()
     }
 
@@ -138,4 +168,10 @@ impl Engine {
     fn pointer(&self, id: &TargetId) -> PathBuf {
         self.store.root().join("targets").join(&id.recipe).join(format!("{}.json", id.target))
     }
+}
+
+/// What a lock holds, though another thread may have panicked with it: nothing that is kept behind
+/// one here is ever half changed.
+fn held<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -2,15 +2,20 @@
 //!
 //! Knows nothing of keys or stores.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use step::Failure;
 use step::worker::{Event, Progress, Request};
+
+use crate::held;
 
 /// The variables a worker sees, where they are set: what finds programs and the network, and what
 /// picks an accelerator. Everything else is left out, so that it cannot take part in a result.
@@ -52,11 +57,42 @@ pub enum Said<'a> {
     Note(&'a str),
 }
 
+/// The worker processes of an engine. Whoever holds this can end them all.
+#[derive(Debug, Default)]
+pub struct Running {
+    stopped: AtomicBool,
+    /// Their process groups.
+    groups: Mutex<HashSet<Pid>>,
+}
+
+impl Running {
+    /// Ends all that run, and all that would run from now on.
+    pub fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        for group in held(&self.groups).iter() {
+            let _ = kill_process_group(*group, Signal::KILL);
+        }
+    }
+
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
+    }
+
+    fn add(&self, group: Pid) {
+        held(&self.groups).insert(group);
+        // It may have been started while the others were ended.
+        if self.is_stopped() {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+    }
+}
+
 /// Runs `worker` on `request` in `dir`, which must exist and be empty of `request.json`.
 pub fn run(
     worker: &Path,
     request: &Request,
     dir: &Path,
+    running: &Running,
     on: &mut dyn FnMut(Said),
 ) -> Result<Outcome, Failure> {
     let request_path = dir.join("request.json");
@@ -81,8 +117,8 @@ pub fn run(
     }
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).process_group(0);
     let child = command.spawn().map_err(|e| io("cannot start", worker, e))?;
-    let mut group = Group(child);
-    let stdout = group.0.stdout.take().expect("standard output is piped");
+    let mut group = Group::new(child, running);
+    let stdout = group.child.stdout.take().expect("standard output is piped");
 
     let mut outcome = Outcome::default();
     let mut failure = None;
@@ -113,10 +149,13 @@ pub fn run(
             }
         }
     }
-    let status = group.0.wait().map_err(|e| io("cannot wait for", worker, e))?;
+    let status = group.child.wait().map_err(|e| io("cannot wait for", worker, e))?;
     let stderr = std::fs::read(&stderr_path).unwrap_or_default();
     outcome.log.extend_from_slice(&stderr);
 
+    if running.is_stopped() {
+        return Err(Failure::environment("stopped"));
+    }
     if let Some(failure) = failure {
         return Err(failure);
     }
@@ -135,15 +174,28 @@ pub fn run(
 }
 
 /// A worker and all that it started: none of them outlives this value.
-struct Group(Child);
+struct Group<'a> {
+    child: Child,
+    id: Option<Pid>,
+    running: &'a Running,
+}
 
-impl Drop for Group {
+impl<'a> Group<'a> {
+    fn new(child: Child, running: &'a Running) -> Self {
+        let id = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        id.into_iter().for_each(|id| running.add(id));
+        Self { child, id, running }
+    }
+}
+
+impl Drop for Group<'_> {
     fn drop(&mut self) {
-        if let Some(pid) = rustix::process::Pid::from_raw(self.0.id() as i32) {
+        if let Some(id) = self.id {
+            held(&self.running.groups).remove(&id);
             // Already gone is as good.
-            let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
+            let _ = kill_process_group(id, Signal::KILL);
         }
-        let _ = self.0.wait();
+        let _ = self.child.wait();
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use recipe::{Diagnostic, InputRef, Lock, Recipe, Span, nearest};
 use serde_json::{Map, Value};
@@ -110,7 +111,7 @@ impl Graph {
 pub struct Resolver<'a> {
     root: &'a Path,
     registry: Registry,
-    recipes: BTreeMap<String, (Recipe, Lock)>,
+    recipes: BTreeMap<String, Rc<(Recipe, Lock)>>,
 }
 
 impl<'a> Resolver<'a> {
@@ -141,9 +142,9 @@ impl<'a> Resolver<'a> {
                 self.recipe(recipe, None)?;
                 out.push(self.existing(TargetId::new(recipe, target))?);
             } else if self.recipe_names().contains(word) {
-                let names = self.recipe(word, None)?.0.targets.iter().map(|t| t.name.clone());
-                let all: Vec<_> = names.map(|name| TargetId::new(word, name)).collect();
-                out.extend(all.into_iter().filter(|id| !self.is_publish(id)));
+                let tables = &self.recipe(word, None)?.0.targets;
+                let all = tables.iter().filter(|t| !t.step.value.starts_with("publish/"));
+                out.extend(all.map(|t| TargetId::new(word, &t.name)));
             } else {
                 self.recipe(DEFAULT_RECIPE, None)?;
                 out.push(self.existing(TargetId::new(DEFAULT_RECIPE, word))?);
@@ -181,7 +182,7 @@ impl<'a> Resolver<'a> {
             if let Some(at) = path.iter().position(|p| p == next) {
                 let mut names: Vec<_> = path[at..].iter().map(ToString::to_string).collect();
                 names.push(next.to_string());
-                let (recipe, _) = self.recipe(&id.recipe, None)?;
+                let recipe = &self.recipe(&id.recipe, None)?.0;
                 return Err(recipe
                     .diagnostic(span, format!("`{next}` needs itself: {}", names.join(" → ")))
                     .help("take one of these inputs away")
@@ -198,7 +199,8 @@ impl<'a> Resolver<'a> {
     /// One target, with the span of each of its inputs.
     fn node(&mut self, id: &TargetId) -> Result<(Node, Vec<Span>), Error> {
         let registry = self.registry;
-        let (recipe, lock) = self.recipe(&id.recipe, None)?.clone();
+        let both = self.recipe(&id.recipe, None)?;
+        let (recipe, lock) = &*both;
         let Some(table) = recipe.target(&id.target) else {
             return Err(self.no_target(id).into());
         };
@@ -220,8 +222,8 @@ impl<'a> Resolver<'a> {
         for entry in &table.entries {
             let key = entry.key.value.as_str();
             if let Some(input) = def.inputs.iter().find(|i| i.name == key) {
-                for (text, span) in texts(&recipe, entry, input)? {
-                    inputs.push(self.input(&recipe, input, &text, span.clone())?);
+                for (text, span) in texts(recipe, entry, input)? {
+                    inputs.push(self.input(recipe, input, &text, span.clone())?);
                     spans.push(span);
                 }
             } else if keys.contains(&key) && key != LOCK {
@@ -300,7 +302,8 @@ impl<'a> Resolver<'a> {
                 let id = TargetId::new(other, target);
                 let at = Some((recipe, span.clone()));
                 let registry = self.registry;
-                let (of, _) = self.recipe(&id.recipe, at)?;
+                let of = self.recipe(&id.recipe, at)?;
+                let of = &of.0;
                 let Some(table) = of.target(&id.target) else {
                     let names = of.targets.iter().map(|t| t.name.as_str());
                     let hint = nearest(&id.target, names);
@@ -346,7 +349,7 @@ impl<'a> Resolver<'a> {
         &mut self,
         name: &str,
         from: Option<(&Recipe, Span)>,
-    ) -> Result<&(Recipe, Lock), Error> {
+    ) -> Result<Rc<(Recipe, Lock)>, Error> {
         if !self.recipes.contains_key(name) {
             let path = self.root.join("recipes").join(format!("{name}.toml"));
             if !path.is_file() {
@@ -363,9 +366,9 @@ impl<'a> Resolver<'a> {
             }
             let recipe = Recipe::load(&path)?;
             let lock = Lock::load(&path.with_extension("lock"))?;
-            self.recipes.insert(name.into(), (recipe, lock));
+            self.recipes.insert(name.into(), Rc::new((recipe, lock)));
         }
-        Ok(&self.recipes[name])
+        Ok(Rc::clone(&self.recipes[name]))
     }
 
     fn existing(&self, id: TargetId) -> Result<TargetId, Error> {
@@ -376,7 +379,7 @@ impl<'a> Resolver<'a> {
     }
 
     fn no_target(&self, id: &TargetId) -> step::Failure {
-        let (recipe, _) = &self.recipes[&id.recipe];
+        let (recipe, _) = &*self.recipes[&id.recipe];
         let names: Vec<&str> = recipe.targets.iter().map(|t| t.name.as_str()).collect();
         let shown = self.shown(&recipe.path);
         let message = format!("{shown} has no target `{}`", id.target);
@@ -384,11 +387,6 @@ impl<'a> Resolver<'a> {
             Some(name) => format!("did you mean `{}/{name}`?", id.recipe),
             None => format!("its targets are {}", names.join(", ")),
         })
-    }
-
-    fn is_publish(&self, id: &TargetId) -> bool {
-        let table = self.recipes[&id.recipe].0.target(&id.target);
-        table.is_some_and(|t| t.step.value.starts_with("publish/"))
     }
 
     /// A path as people see it: relative to the workspace where it lies inside.

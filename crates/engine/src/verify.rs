@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use step::{Rebuild, TreeDigest};
 
+use crate::execute::threads_here;
 use crate::plan::Status;
 use crate::resolve::Graph;
 use crate::target::TargetId;
@@ -54,7 +55,7 @@ impl Engine {
                     key: ready.key,
                     reason: &crate::Stale::Asked,
                 });
-                let new = self.run(node, &ready, &worker, &outputs, on)?;
+                let new = self.run(node, &ready, &worker, threads_here(), &outputs, on)?;
                 let size = self.store().tree(new.output)?.size();
                 on(Event::Finished { target: &node.id, result: &new, size });
                 self.compare(node.def.rebuild, old, &new)?

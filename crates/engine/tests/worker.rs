@@ -1,5 +1,7 @@
 //! The worker of the engine's tests: steps that are quick, and steps that go wrong on purpose.
 
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -14,6 +16,7 @@ fn main() -> ExitCode {
         ("demo/fail", fail),
         ("demo/slow", slow),
         ("demo/full", full),
+        ("demo/babble", babble),
     ])
 }
 
@@ -53,9 +56,31 @@ fn full(_: &Job) -> anyhow::Result<()> {
     std::fs::write("/dev/full", "text").context("cannot write /dev/full")
 }
 
+/// Prints what is no event: bytes that are no text, and half a line at the end.
+fn babble(job: &Job) -> anyhow::Result<()> {
+    use std::io::Write;
+    let mut stdout = std::io::stdout();
+    stdout.write_all(b"\xff\xfe\n{\"event\": \"metric\", \"name\": 3}\n\n{\"event\": \"pro\n")?;
+    std::fs::write(job.out().join("text.txt"), "said")?;
+    job.metric("words", 1.0);
+    stdout.write_all(b"{\"event\": \"metric\", \"name\": \"half")?;
+    Ok(stdout.flush()?)
+}
+
+/// The text of all files below an input, in the order of their paths.
 fn read(job: &Job, input: &str) -> anyhow::Result<String> {
-    let folder = &job.input(input)?.path;
-    let mut files: Vec<_> = std::fs::read_dir(folder)?.collect::<Result<_, _>>()?;
-    files.sort_by_key(|f| f.file_name());
-    files.iter().map(|f| Ok(std::fs::read_to_string(f.path())?)).collect()
+    fn visit(dir: &Path, out: &mut BTreeMap<PathBuf, String>) -> anyhow::Result<()> {
+        for entry in std::fs::read_dir(dir)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                visit(&path, out)?;
+            } else {
+                out.insert(path.clone(), std::fs::read_to_string(&path)?);
+            }
+        }
+        Ok(())
+    }
+    let mut files = BTreeMap::new();
+    visit(&job.input(input)?.path, &mut files)?;
+    Ok(files.into_values().collect())
 }

@@ -8,6 +8,7 @@ mod lock;
 mod parse;
 mod suggest;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -41,6 +42,8 @@ pub struct Recipe {
     pub about: Option<String>,
     /// In the order of the file.
     pub targets: Vec<Table>,
+    /// Where each stands among them.
+    pub(crate) places: HashMap<String, usize>,
 }
 
 /// What makes one artifact.
@@ -80,7 +83,7 @@ impl Recipe {
     }
 
     pub fn target(&self, name: &str) -> Option<&Table> {
-        self.targets.iter().find(|t| t.name == name)
+        self.places.get(name).map(|place| &self.targets[*place])
     }
 
     /// A mistake at a place in this recipe.

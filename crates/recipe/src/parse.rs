@@ -2,6 +2,7 @@
 //!
 //! Knows the shape of a recipe: tables with a `step` and keys. What the keys mean, it does not.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,9 +24,16 @@ pub(crate) fn recipe(path: &Path, text: &str) -> Result<Recipe, Diagnostic> {
         .help(NAME_RULE));
     }
     let root = DeTable::parse(text).map_err(|e| parser.not_toml(&e))?;
-    let mut targets = Vec::new();
+    let mut targets: Vec<Table> = Vec::new();
+    let mut names = HashMap::new();
     for (key, value) in in_order(root.get_ref()) {
-        targets.push(parser.table(&key, value, &targets)?);
+        let table = parser.table(&key, value)?;
+        // Targets become folders, and some disks cannot tell `A` from `a`.
+        if let Some(twin) = names.insert(table.name.to_lowercase(), table.name.clone()) {
+            let message = format!("`{}` and `{twin}` differ only in case", table.name);
+            return Err(parser.error(table.header, message).help("give one of them another name"));
+        }
+        targets.push(table);
     }
     if targets.is_empty() {
         return Err(Diagnostic::of_file(path, "the recipe has no targets")
@@ -35,6 +43,7 @@ pub(crate) fn recipe(path: &Path, text: &str) -> Result<Recipe, Diagnostic> {
         name: name.into(),
         path: path.into(),
         about: about(text),
+        places: targets.iter().map(|t| t.name.clone()).zip(0..).collect(),
         targets,
         source: parser.source,
     })
@@ -93,7 +102,6 @@ impl Parser {
         &self,
         name: &Spanned<String>,
         value: &At<'_, DeValue<'_>>,
-        before: &[Table],
     ) -> Result<Table, Diagnostic> {
         let header = name.span.clone();
         let name = &name.value;
@@ -113,11 +121,6 @@ impl Parser {
         if let Err(why) = check_name(name) {
             let message = format!("`{name}` cannot be a target's name: {why}");
             return Err(self.error(header, message).help(NAME_RULE));
-        }
-        // Targets become folders, and some disks cannot tell `A` from `a`.
-        if let Some(twin) = before.iter().find(|t| t.name.to_lowercase() == name.to_lowercase()) {
-            let message = format!("`{name}` and `{}` differ only in case", twin.name);
-            return Err(self.error(header, message).help("give one of them another name"));
         }
         let mut step = None;
         let mut entries = Vec::new();

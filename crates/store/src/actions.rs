@@ -63,9 +63,8 @@ impl<'a> ActionCache<'a> {
         fs::create_dir_all(parent).map_err(io("create", parent))?;
         let tmp = self.store.root().join("tmp");
         let mut file = NamedTempFile::new_in(&tmp).map_err(io("write", &tmp))?;
-        file.write_all(&canonical::to_vec(result))
-            .and_then(|()| file.as_file().sync_data())
-            .map_err(io("write", file.path()))?;
+        file.write_all(&canonical::to_vec(result)).map_err(io("write", file.path()))?;
+        self.store.goes_in(file.as_file(), file.path())?;
         let file = match file.persist_noclobber(&path) {
             Ok(_) => return Ok(result.clone()),
             Err(e) if e.error.kind() == ErrorKind::AlreadyExists => e.file,
@@ -77,6 +76,15 @@ impl<'a> ActionCache<'a> {
         // The first result has lost its files: only then does a later one take its place.
         file.persist(&path).map_err(|e| io("write", &path)(e.error))?;
         Ok(result.clone())
+    }
+
+    /// Takes a result away; its files stay until gc.
+    pub fn forget(&self, key: ActionKey) -> Result<()> {
+        let path = self.path(key);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != ErrorKind::NotFound => Err(io("remove", &path)(e)),
+            _ => Ok(()),
+        }
     }
 
     /// Every usable result, by key.

@@ -182,7 +182,7 @@ impl Store {
 
     fn seal(&self, file: &File, path: &Path) -> Result<()> {
         file.set_permissions(Permissions::from_mode(0o444)).map_err(io("write", path))?;
-        file.sync_data().map_err(io("write", path))
+        self.goes_in(file, path)
     }
 
     fn lay_out(&self, entry: &Entry, target: &Path) -> Result<()> {

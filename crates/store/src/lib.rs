@@ -13,18 +13,20 @@
 //!   quarantine/        blobs that no longer had their digest, kept as evidence until gc
 //!   tmp/               files on their way into the store
 //!   locks/             who runs which action
+//!   unsynced/          marks of builds whose data may not be on disk yet
 //!   stat-cache         digests of source files by inode and times; may be lost
 //! ```
 //!
 //! # What survives what
-//! Every file is written under `tmp/` (or in an attempt), its data synced, then renamed: after a
-//! kill or a power cut a name in `cas/` holds its whole content or does not exist. Renames
-//! themselves are not synced: a cut may lose the newest ones, and [`ActionCache::lookup`] then
-//! finds a result without its files and reports it as lost, which costs a rebuild and no error.
+//! Every file is written under `tmp/` (or in an attempt), then renamed: after a kill a name in
+//! `cas/` holds its whole content or does not exist. After a power cut, too: what a build that it
+//! broke off had put in is held to its digests before it is used (see `durable`). A result that
+//! has lost its files counts as lost, which costs a rebuild and no error.
 
 mod actions;
 mod attempt;
 mod cas;
+mod durable;
 mod error;
 mod gc;
 mod lock;
@@ -61,6 +63,8 @@ pub const FORMAT: u32 = 1;
 pub struct Store {
     root: PathBuf,
     stat_cache: Mutex<StatCache>,
+    /// There while data may not be on disk yet.
+    mark: Mutex<Option<durable::Mark>>,
     /// Held shared for as long as the store is open; [`Store::gc`] needs it for itself alone.
     presence: File,
 }
@@ -70,7 +74,9 @@ impl Store {
     ///
     /// A store on a read-only disk opens as long as it is complete; writing to it then fails.
     pub fn open(root: &Path) -> Result<Self> {
-        for folder in ["", "cas", "actions", "attempts", "scratch", "tools", "quarantine", "tmp"] {
+        const FOLDERS: [&str; 9] =
+            ["", "cas", "actions", "attempts", "scratch", "tools", "quarantine", "tmp", "unsynced"];
+        for folder in FOLDERS {
             let path = root.join(folder);
             if !path.is_dir() {
                 fs::create_dir_all(&path).map_err(io("create", &path))?;
@@ -83,8 +89,10 @@ impl Store {
         fs::create_dir_all(&locks).map_err(io("create", &locks))?;
         let presence = lock::open(&locks.join("store"))?;
         lock::flock(&presence, FlockOperation::LockShared, &locks)?;
-        let stat_cache = Mutex::new(StatCache::load(root.join("stat-cache")));
-        Ok(Self { root, stat_cache, presence })
+        let stat_cache = Mutex::new(StatCache::at(root.join("stat-cache")));
+        let store = Self { root, stat_cache, mark: Mutex::new(None), presence };
+        store.recover()?;
+        Ok(store)
     }
 
     /// Absolute.
@@ -131,6 +139,8 @@ impl Store {
 impl Drop for Store {
     fn drop(&mut self) {
         self.save_stat_cache();
+        // Its mark stays if this fails, and the next one to open the store tries again.
+        let _ = self.settle();
     }
 }
 

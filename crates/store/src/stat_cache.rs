@@ -36,7 +36,8 @@ const PLENTY: usize = 200_000;
 #[derive(Debug)]
 pub(crate) struct StatCache {
     path: PathBuf,
-    entries: HashMap<(u64, u64), Known>,
+    /// Read when the first file is looked for.
+    entries: Option<HashMap<(u64, u64), Known>>,
     changed: bool,
 }
 
@@ -72,26 +73,32 @@ impl Stamp {
 }
 
 impl StatCache {
-    pub(crate) fn load(path: PathBuf) -> Self {
-        let text = fs::read_to_string(&path).unwrap_or_default();
-        let mut lines = text.lines();
-        let entries = match lines.next() {
-            Some(HEADER) => lines.filter_map(parse).collect(),
-            _ => HashMap::new(),
-        };
-        Self { path, entries, changed: false }
+    pub(crate) fn at(path: PathBuf) -> Self {
+        Self { path, entries: None, changed: false }
+    }
+
+    fn entries(&mut self) -> &mut HashMap<(u64, u64), Known> {
+        let path = &self.path;
+        self.entries.get_or_insert_with(|| {
+            let text = fs::read_to_string(path).unwrap_or_default();
+            let mut lines = text.lines();
+            match lines.next() {
+                Some(HEADER) => lines.filter_map(parse).collect(),
+                _ => HashMap::new(),
+            }
+        })
     }
 
     /// The digest of the file with this metadata, if it is known for sure.
     pub(crate) fn get(&mut self, metadata: &Metadata) -> Option<BlobDigest> {
-        let known = self.entries.get_mut(&(metadata.dev(), metadata.ino()))?;
+        let known = self.entries().get_mut(&(metadata.dev(), metadata.ino()))?;
         known.used = true;
         (known.stamp == Stamp::of(metadata)).then_some(known.digest)
     }
 
     fn insert(&mut self, metadata: &Metadata, digest: BlobDigest) {
         let known = Known { stamp: Stamp::of(metadata), digest, used: true };
-        self.entries.insert((metadata.dev(), metadata.ino()), known);
+        self.entries().insert((metadata.dev(), metadata.ino()), known);
         self.changed = true;
     }
 
@@ -100,11 +107,12 @@ impl StatCache {
         if !self.changed {
             return;
         }
-        if self.entries.len() > PLENTY {
-            self.entries.retain(|_, known| known.used);
+        let entries = self.entries();
+        if entries.len() > PLENTY {
+            entries.retain(|_, known| known.used);
         }
         let mut text = format!("{HEADER}\n");
-        for ((dev, ino), Known { stamp, digest, .. }) in &self.entries {
+        for ((dev, ino), Known { stamp, digest, .. }) in entries {
             let Stamp { size, mtime, ctime } = stamp;
             let _ = writeln!(text, "{dev} {ino} {size} {mtime} {ctime} {digest}");
         }
@@ -122,12 +130,13 @@ pub(crate) fn hash_file(
     cache: &std::sync::Mutex<StatCache>,
     path: &Path,
 ) -> Result<(BlobDigest, u64)> {
+    let lock = || cache.lock().expect("no panic while holding it");
+    let seen = fs::metadata(path).map_err(io("read", path))?;
+    if let Some(digest) = lock().get(&seen) {
+        return Ok((digest, seen.len()));
+    }
     let file = File::open(path).map_err(io("read", path))?;
     let before = file.metadata().map_err(io("read", path))?;
-    let lock = || cache.lock().expect("no panic while holding it");
-    if let Some(digest) = lock().get(&before) {
-        return Ok((digest, before.len()));
-    }
     let began = now();
     let (digest, size) = cas::hash(&file).map_err(io("read", path))?;
     let after = file.metadata().map_err(io("read", path))?;
@@ -187,7 +196,7 @@ mod tests {
             (String::new(), 0),
         ] {
             fs::write(&path, &text).unwrap();
-            assert_eq!(StatCache::load(path.clone()).entries.len(), entries, "{text}");
+            assert_eq!(StatCache::at(path.clone()).entries().len(), entries, "{text}");
         }
     }
 }

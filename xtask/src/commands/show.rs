@@ -40,6 +40,9 @@ fn one(engine: &Engine, id: &TargetId, log: bool, json: bool) -> anyhow::Result<
     if !versions.is_empty() {
         println!("  with    {}", versions.join(", "));
     }
+    if let Some(from) = p.vouched_from {
+        println!("  vouched for: it was made as action {}", from.short());
+    }
     if let Some(commit) = &p.git_commit {
         println!("  commit  {commit}{}", if p.git_dirty { ", with changes" } else { "" });
     }

@@ -1,0 +1,237 @@
+//! What a build looked at when it found everything made: if none of it has moved, neither has any
+//! target, and nothing has to be read, hashed or even parsed to know it.
+//!
+//! Knows nothing of keys. Losing it costs milliseconds.
+//!
+//! A file has not moved if its inode, its size and both its times are what they were. No call sets
+//! a ctime back; and what is remembered had been at rest for longer than any file system's clock is
+//! coarse when the build began. So a change since then shows.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use step::{ActionKey, BlobDigest, TreeDigest};
+
+use crate::execute::Built;
+use crate::resolve::{Graph, Node, Origin};
+use crate::target::TargetId;
+use crate::{Engine, held};
+
+/// Another one means another layout, and nothing remembered.
+const FORMAT: u32 = 1;
+const AT_REST: Duration = Duration::from_secs(2);
+/// Overrides of tools: whoever sets one may change what lies behind it in ways not watched here.
+const OVERRIDES: [&str; 2] = ["LIBTORCH", "ORT_DYLIB_PATH"];
+
+/// A path, and what it was: device, inode, size, mtime and ctime in nanoseconds; `None` if absent.
+type Seen = (PathBuf, Option<[i64; 5]>);
+
+/// One set of targets as it was found made.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Fresh {
+    format: u32,
+    /// `PATH`, which finds programs.
+    path: String,
+    processor: Option<String>,
+    /// What every target hangs on: the program, the code, the recipes.
+    all: Vec<Seen>,
+    targets: HashMap<TargetId, Target>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Target {
+    key: ActionKey,
+    output: TreeDigest,
+    /// The outputs that it was made from.
+    inputs: BTreeMap<TargetId, TreeDigest>,
+    /// Its files on the way in and out.
+    seen: Vec<Seen>,
+}
+
+impl Engine {
+    /// How many targets these words stand for, if all of them are made and nothing that they hang
+    /// on has moved since that was found out.
+    pub fn up_to_date(&self, words: &[String]) -> Option<usize> {
+        let fresh = self.fresh(words)?;
+        let rests = |target: &Target| target.seen.iter().all(rests);
+        fresh.targets.values().all(rests).then(|| fresh.targets.len())
+    }
+
+    /// What is remembered of these words, if what all their targets hang on has not moved.
+    pub(crate) fn fresh(&self, words: &[String]) -> Option<Fresh> {
+        let bytes = fs::read(self.fresh_path(words)).ok()?;
+        let fresh: Fresh = serde_json::from_slice(&bytes).ok()?;
+        let same = fresh.format == FORMAT
+            && fresh.path == path_variable()
+            && fresh.processor == crate::execute::processor()
+            && OVERRIDES.iter().all(|name| std::env::var_os(name).is_none());
+        (same && fresh.all.iter().all(rests)).then_some(fresh)
+    }
+
+    /// Remembers that everything was made, if all of it was at rest when the build `began`.
+    pub(crate) fn remember_fresh(
+        &self,
+        words: &[String],
+        graph: &Graph,
+        built: &[Built],
+        began: SystemTime,
+    ) {
+        if built.len() < graph.nodes.len()
+            || OVERRIDES.iter().any(|v| std::env::var_os(v).is_some())
+        {
+            return;
+        }
+        let outputs: BTreeMap<&TargetId, TreeDigest> =
+            built.iter().map(|b| (&b.id, b.output)).collect();
+        let mut targets = HashMap::new();
+        for (node, built) in graph.nodes.iter().zip(built) {
+            let Some(paths) = self.paths_of(node, built) else { return };
+            let made_from = node.inputs.iter().filter_map(|input| match &input.from {
+                Origin::Target(id) => Some((id.clone(), outputs[id])),
+                Origin::Path { .. } => None,
+            });
+            let target = Target {
+                key: built.key,
+                output: built.output,
+                inputs: made_from.collect(),
+                seen: paths.into_iter().map(see).collect(),
+            };
+            targets.insert(node.id.clone(), target);
+        }
+        let all = self.paths_of_all(graph).into_iter().map(see).collect();
+        let fresh = Fresh {
+            format: FORMAT,
+            path: path_variable(),
+            processor: crate::execute::processor(),
+            all,
+            targets,
+        };
+        let latest = nanoseconds(began - AT_REST);
+        let seen = fresh.targets.values().flat_map(|t| &t.seen).chain(&fresh.all);
+        if seen.filter_map(|(_, stamp)| stamp.as_ref()).any(|stamp| stamp[4] > latest) {
+            return;
+        }
+        let path = self.fresh_path(words);
+        let bytes = serde_json::to_vec(&fresh).expect("paths of the engine are Unicode");
+        let _ = crate::execute::write_atomic(&path, &bytes);
+    }
+
+    /// The files that a target hangs on alone, and those that it is made of. `None` if they cannot
+    /// be listed.
+    fn paths_of(&self, node: &Node, built: &Built) -> Option<Vec<PathBuf>> {
+        let mut paths = Vec::new();
+        for input in &node.inputs {
+            if let Origin::Path { path, .. } = &input.from {
+                below(path, &|_| true, &mut paths).ok()?;
+            }
+        }
+        let tree = self.store().tree(built.output).ok()?;
+        let digests = tree.entries().iter().map(|entry| entry.digest);
+        paths.extend(digests.map(|digest| self.store().blob_path(digest)));
+        let link = self.link(&node.id);
+        paths.extend(tree.entries().iter().map(|entry| link.join(&entry.path)));
+        paths.push(link);
+        paths.push(self.pointer(&node.id));
+        Some(paths)
+    }
+
+    fn paths_of_all(&self, graph: &Graph) -> BTreeSet<PathBuf> {
+        let mut paths = BTreeSet::new();
+        paths.extend(std::env::current_exe());
+        for name in ["Cargo.toml", "Cargo.lock", "rust-toolchain.toml", "recipes"] {
+            paths.insert(self.root().join(name));
+        }
+        // The pins of the page's libraries.
+        paths.insert(self.root().join("site/package-lock.json"));
+        for node in &graph.nodes {
+            let recipe = self.root().join("recipes").join(&node.id.recipe);
+            paths.extend(["toml", "lock"].map(|end| recipe.with_added_extension(end)));
+            // A program may come to lie in a folder that is searched earlier.
+            for program in (node.def.programs)(&node.params) {
+                for dir in std::env::split_paths(&path_variable()) {
+                    let file = dir.join(&program);
+                    let found = file.is_file();
+                    paths.extend([dir, file]);
+                    if found {
+                        break;
+                    }
+                }
+            }
+        }
+        let mut code = Vec::new();
+        let counts = |path: &Path| !path.ends_with("target");
+        let _ = below(&self.root().join("crates"), &counts, &mut code);
+        paths.extend(code);
+        paths
+    }
+
+    fn fresh_path(&self, words: &[String]) -> PathBuf {
+        let name = BlobDigest::of(words.join("\0").as_bytes()).to_string();
+        self.store().root().join("fresh").join(&name[..32])
+    }
+
+    /// The target as it is remembered, if nothing of it has moved and it was made from these.
+    pub(crate) fn still_made(
+        &self,
+        node: &Node,
+        outputs: &BTreeMap<TargetId, TreeDigest>,
+    ) -> Option<Built> {
+        let fresh = held(&self.remembered);
+        let target = fresh.as_ref()?.targets.get(&node.id)?;
+        let same = |(id, output): (&TargetId, &TreeDigest)| outputs.get(id) == Some(output);
+        let fits = target.inputs.iter().all(same) && target.seen.iter().all(rests);
+        fits.then(|| Built {
+            id: node.id.clone(),
+            key: target.key,
+            output: target.output,
+            ran: false,
+        })
+    }
+}
+
+/// Everything at and below `path` that `counts`, folders too: what comes or goes moves its folder.
+fn below(
+    path: &Path,
+    counts: &dyn Fn(&Path) -> bool,
+    out: &mut Vec<PathBuf>,
+) -> std::io::Result<()> {
+    out.push(path.to_path_buf());
+    if fs::metadata(path)?.is_dir() {
+        for entry in fs::read_dir(path)? {
+            let path = entry?.path();
+            if counts(&path) {
+                below(&path, counts, out)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn see(path: PathBuf) -> Seen {
+    let stamp = stamp(&path);
+    (path, stamp)
+}
+
+fn rests((path, then): &Seen) -> bool {
+    stamp(path) == *then
+}
+
+fn stamp(path: &Path) -> Option<[i64; 5]> {
+    let m = fs::metadata(path).ok()?;
+    let time = |s: i64, ns: i64| s.wrapping_mul(1_000_000_000).wrapping_add(ns);
+    let (mtime, ctime) = (time(m.mtime(), m.mtime_nsec()), time(m.ctime(), m.ctime_nsec()));
+    Some([m.dev() as i64, m.ino() as i64, m.len() as i64, mtime, ctime])
+}
+
+fn nanoseconds(time: SystemTime) -> i64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
+
+fn path_variable() -> String {
+    std::env::var("PATH").unwrap_or_default()
+}

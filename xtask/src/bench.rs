@@ -1,0 +1,289 @@
+//! `bench engine`: what a build costs around the steps themselves, beside other build tools in the
+//! same run. Whole processes, several times, medians.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use step::Failure;
+
+use crate::display::{self, Table};
+
+/// How often a quick case is run; a slow one three times.
+const TIMES: usize = 15;
+/// Longer than the clock of any file system is coarse: younger files are not trusted to be at rest.
+const AT_REST: Duration = Duration::from_millis(2200);
+
+/// What was done, by whom, in what time.
+struct Sample {
+    case: String,
+    tool: &'static str,
+    wall: f64,
+    /// Of the process and all that it waited for; seconds.
+    cpu: f64,
+}
+
+pub fn engine(root: &Path, gib: u64) -> anyhow::Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let built = Command::new(cargo)
+        .args(["build", "--release", "--locked", "--package", "xtask"])
+        .current_dir(root)
+        .status()?;
+    if !built.success() {
+        bail!(Failure::environment("the command line does not compile in release"));
+    }
+    let mut bench = Bench::new(root)?;
+    bench.steps(6)?;
+    bench.steps(1000)?;
+    bench.inputs(gib)?;
+    bench.restore()?;
+
+    let mut table = Table::new(["case", "tool", "wall", "cpu", "runs"]);
+    let mut rows: Vec<(&str, &str)> = Vec::new();
+    for sample in &bench.samples {
+        let row = (sample.case.as_str(), sample.tool);
+        if rows.contains(&row) {
+            continue;
+        }
+        rows.push(row);
+        let same = bench.samples.iter().filter(|s| (s.case.as_str(), s.tool) == row);
+        let (wall, cpu): (Vec<f64>, Vec<f64>) = same.map(|s| (s.wall, s.cpu)).unzip();
+        let runs = wall.len().to_string();
+        table.row([row.0.into(), row.1.into(), time(median(wall)), time(median(cpu)), runs]);
+    }
+    print!("{table}");
+    bench.notes.iter().for_each(|note| println!("{note}"));
+    Ok(())
+}
+
+struct Bench {
+    root: PathBuf,
+    /// Below the target folder: on the disk that builds use.
+    dir: tempfile::TempDir,
+    anneal: PathBuf,
+    samples: Vec<Sample>,
+    notes: Vec<String>,
+}
+
+impl Bench {
+    fn new(root: &Path) -> anyhow::Result<Self> {
+        let dir = tempfile::Builder::new().prefix("bench-").tempdir_in(root.join("target"))?;
+        let anneal = root.join("target/release/xtask");
+        Ok(Self { root: root.into(), dir, anneal, samples: vec![], notes: vec![] })
+    }
+
+    /// An empty workspace with the code of the real one.
+    fn workspace(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let dir = self.dir.path().join(name);
+        fs::create_dir_all(dir.join("recipes/b"))?;
+        for shared in ["Cargo.toml", "Cargo.lock", "rust-toolchain.toml", "crates", "xtask"] {
+            std::os::unix::fs::symlink(self.root.join(shared), dir.join(shared))?;
+        }
+        // The generator is a member of the workspace.
+        std::os::unix::fs::symlink(self.root.join("recipes/demo"), dir.join("recipes/demo"))?;
+        Ok(dir)
+    }
+
+    fn anneal(&self, dir: &Path) -> Command {
+        let mut command = Command::new(&self.anneal);
+        command.args(["--workspace"]).arg(dir).args(["build", "b"]);
+        command.env("CARGO_TARGET_DIR", self.root.join("target"));
+        command
+    }
+
+    /// As many copies of small files as steps: from nothing, then again, then one of them changed.
+    fn steps(&mut self, steps: usize) -> anyhow::Result<()> {
+        let dir = self.workspace(&format!("steps-{steps}"))?;
+        let case = |what: &str| format!("{steps} steps, {what}");
+        let mut recipe = String::new();
+        let mut ninja = String::from("rule copy\n  command = cp $in $out\n");
+        let mut make = String::from("all:");
+        (0..steps).for_each(|i| _ = write!(make, " out/{i}"));
+        make.push('\n');
+        fs::create_dir_all(dir.join("out"))?;
+        for i in 0..steps {
+            write_leaf(&dir, i, "first")?;
+            _ = write!(
+                recipe,
+                "[t{i}]\nstep = \"command/run\"\nprogram = \"cp\"\nargs = [\"{{{i}.txt}}\", \"{{out}}/copy\"]\ninputs = [\"./b/{i}.txt\"]\n\n"
+            );
+            _ = writeln!(ninja, "build out/{i}: copy recipes/b/{i}.txt");
+            _ = writeln!(make, "out/{i}: recipes/b/{i}.txt\n\tcp $< $@");
+        }
+        fs::write(dir.join("recipes/b.toml"), recipe)?;
+        fs::write(dir.join("build.ninja"), ninja)?;
+        fs::write(dir.join("Makefile"), make)?;
+        std::thread::sleep(AT_REST);
+
+        // What compiles the worker is not what is measured.
+        run(&mut self.anneal(&dir))?;
+        let peers: Vec<(&'static str, Vec<&str>)> =
+            [("ninja", vec!["ninja", "--quiet"]), ("make", vec!["make", "--silent", "-j2"])]
+                .into_iter()
+                .filter(|(name, _)| on_path(name))
+                .collect();
+        let of = |peer: &[&str]| {
+            let mut command = Command::new(peer[0]);
+            command.args(&peer[1..]).current_dir(&dir);
+            command
+        };
+        let store = dir.join("artifacts");
+        for _ in 0..3 {
+            writable(&store);
+            fs::remove_dir_all(&store)?;
+            self.measure(case("from nothing"), "anneal", &mut self.anneal(&dir))?;
+            for (name, peer) in &peers {
+                fs::remove_dir_all(dir.join("out"))?;
+                let _ = fs::remove_file(dir.join(".ninja_log"));
+                fs::create_dir_all(dir.join("out"))?;
+                self.measure(case("from nothing"), name, &mut of(peer))?;
+            }
+        }
+        std::thread::sleep(AT_REST);
+        // Finds what is at rest by now, and remembers it.
+        run(&mut self.anneal(&dir))?;
+        for _ in 0..TIMES {
+            self.measure(case("nothing stale"), "anneal", &mut self.anneal(&dir))?;
+            for (name, peer) in &peers {
+                self.measure(case("nothing stale"), name, &mut of(peer))?;
+            }
+        }
+        for round in 0..5 {
+            write_leaf(&dir, steps / 2, &format!("change {round}"))?;
+            std::thread::sleep(AT_REST);
+            self.measure(case("one changed"), "anneal", &mut self.anneal(&dir))?;
+            for (name, peer) in &peers {
+                self.measure(case("one changed"), name, &mut of(peer))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Large inputs: hashed once, then known.
+    fn inputs(&mut self, gib: u64) -> anyhow::Result<()> {
+        let dir = self.workspace("inputs")?;
+        for i in 0..gib {
+            fill(&dir.join(format!("recipes/b/{i}.bin")), 1 << 30, i)?;
+        }
+        fs::write(
+            dir.join("recipes/b.toml"),
+            "[t]\nstep = \"command/run\"\nprogram = \"true\"\ninputs = [\"./b\"]\n",
+        )?;
+        std::thread::sleep(AT_REST);
+        let mut plan = Command::new(&self.anneal);
+        plan.args(["--workspace"]).arg(&dir).args(["plan", "b"]);
+        for _ in 0..3 {
+            let _ = fs::remove_file(dir.join("artifacts/v1/stat-cache"));
+            self.measure(format!("{gib} GiB of new inputs"), "anneal", &mut plan)?;
+        }
+        let hashed = self.samples.last().map_or(f64::NAN, |sample| sample.wall);
+        self.notes.push(format!("{gib} GiB hashed at {:.1} GB/s", gib as f64 * 1.0737 / hashed));
+        run(&mut self.anneal(&dir))?;
+        std::thread::sleep(AT_REST);
+        run(&mut self.anneal(&dir))?;
+        for _ in 0..TIMES {
+            self.measure(
+                format!("{gib} GiB of inputs, nothing stale"),
+                "anneal",
+                &mut self.anneal(&dir),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// An artifact of 2 GiB laid out again.
+    fn restore(&mut self) -> anyhow::Result<()> {
+        let dir = self.workspace("restore")?;
+        fs::write(
+            dir.join("recipes/b.toml"),
+            "[t]\nstep = \"command/run\"\nprogram = \"head\"\nargs = [\"-c\", \"2147483648\", \"/dev/urandom\"]\nstdout = \"large\"\n",
+        )?;
+        run(&mut self.anneal(&dir))?;
+        std::thread::sleep(AT_REST);
+        run(&mut self.anneal(&dir))?;
+        for _ in 0..3 {
+            let trees = dir.join("artifacts/v1/trees");
+            writable(&trees);
+            fs::remove_dir_all(&trees)?;
+            self.measure("2 GiB laid out".into(), "anneal", &mut self.anneal(&dir))?;
+        }
+        Ok(())
+    }
+
+    fn measure(
+        &mut self,
+        case: String,
+        tool: &'static str,
+        command: &mut Command,
+    ) -> anyhow::Result<()> {
+        let before = children_cpu();
+        let clock = Instant::now();
+        run(command)?;
+        let (wall, cpu) = (clock.elapsed().as_secs_f64(), children_cpu() - before);
+        self.samples.push(Sample { case, tool, wall, cpu });
+        Ok(())
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        // The stores' folders are read-only.
+        writable(self.dir.path());
+    }
+}
+
+fn run(command: &mut Command) -> anyhow::Result<()> {
+    let output = command.stdin(Stdio::null()).output().context("cannot start it")?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        bail!(Failure::environment(format!("{command:?}: {}\n{said}", output.status)));
+    }
+    Ok(())
+}
+
+/// Seconds of processor time of all children so far.
+fn children_cpu() -> f64 {
+    let text = fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // Fields 16 and 17, in hundredths, counted after the name in brackets.
+    let fields = text.rsplit(')').next().unwrap_or_default().split_whitespace();
+    fields.skip(13).take(2).filter_map(|f| f.parse::<f64>().ok()).sum::<f64>() / 100.0
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn time(seconds: f64) -> String {
+    if seconds < 1.0 { format!("{:.1} ms", seconds * 1e3) } else { display::seconds(seconds) }
+}
+
+fn on_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
+}
+
+fn write_leaf(dir: &Path, i: usize, text: &str) -> std::io::Result<()> {
+    fs::write(dir.join(format!("recipes/b/{i}.txt")), format!("{text} {i}\n"))
+}
+
+/// Bytes that no file system stores in less.
+fn fill(path: &Path, size: usize, seed: u64) -> std::io::Result<()> {
+    let mut file = std::io::BufWriter::new(fs::File::create(path)?);
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    for _ in 0..size / 8 {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        file.write_all(&state.to_le_bytes())?;
+    }
+    file.flush()
+}
+
+fn writable(dir: &Path) {
+    let _ = Command::new("chmod").arg("-R").arg("u+w").arg(dir).status();
+}
