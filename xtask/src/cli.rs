@@ -34,6 +34,9 @@ pub enum Command {
         /// How many threads steps may use together; all there are, if not said.
         #[arg(short = 'j', long, value_name = "N")]
         threads: Option<usize>,
+        /// Let steps touch any file and the network: to find out what one lacks.
+        #[arg(long)]
+        no_sandbox: bool,
     },
     /// What would run, and why.
     Plan(Targets),
@@ -56,6 +59,11 @@ pub enum Command {
         #[arg(long)]
         log: bool,
     },
+    /// Two results side by side: what made them differ, their figures, files and tensors.
+    ///
+    /// One TARGET is compared with what its name stood for before; two with each other. An action's
+    /// key, or the start of one, does for a target too.
+    Diff { a: String, b: Option<String> },
     /// How targets hang together.
     Graph {
         #[command(flatten)]

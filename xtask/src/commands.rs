@@ -1,5 +1,6 @@
 //! One function a command.
 
+mod diff;
 mod doctor;
 mod show;
 
@@ -26,9 +27,11 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::New { what: New::Step { name } } => scaffold::step(&root, &name)?,
         Command::New { what: New::Recipe { name } } => scaffold::recipe(&root, &name)?,
         Command::Test { stages } => return suite::run(&root, &stages),
-        Command::Build { targets, keep_going, threads } => {
+        Command::Build { targets, keep_going, threads, no_sandbox } => {
             let options = Options { keep_going, threads, words: targets.words() };
-            return build(&open(&root)?, &targets, options, json);
+            let engine = open(&root)?;
+            let engine = if no_sandbox { engine.unconfined() } else { engine };
+            return build(&engine, &targets, options, json);
         }
         Command::Bench { what: Bench::Engine { gib } } => bench::engine(&root, gib)?,
         Command::Schema => println!("{:#}", schema::of_recipes(REGISTRY)),
@@ -40,6 +43,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Vouch { targets, anyway } => vouch(&open(&root)?, &targets, anyway, json)?,
         Command::Unvouch(targets) => unvouch(&open(&root)?, &targets, json)?,
         Command::Show { target, log } => show::run(&open(&root)?, &target, log, json)?,
+        Command::Diff { a, b } => diff::run(&open(&root)?, &a, b.as_deref(), json)?,
         Command::Graph { targets, format } => graph(&open(&root)?, &targets, format)?,
         Command::Serve { target, port, host } => return serve(&open(&root)?, &target, &host, port),
         Command::Lock(targets) => lock(&open(&root)?, &targets, json)?,
@@ -113,9 +117,27 @@ fn plan(engine: &Engine, targets: &Targets, json: bool) -> anyhow::Result<ExitCo
         }
     } else {
         print!("{}", plan_text(&plan));
+        for (tool, detail) in to_fetch(engine, &graph, &plan) {
+            println!("to fetch: {tool} {detail}");
+        }
     }
     let blocked = plan.targets.iter().any(|p| matches!(p.status, Status::Blocked(_)));
     Ok(if blocked { error::INPUT.into() } else { ExitCode::SUCCESS })
+}
+
+/// Tools that stale targets need and that are not there yet, with what fetching them means.
+fn to_fetch(engine: &Engine, graph: &Graph, plan: &Plan) -> BTreeMap<&'static str, String> {
+    let stale = |node: &&engine::Node| {
+        plan.get(&node.id).is_some_and(|planned| matches!(planned.status, Status::Stale(_)))
+    };
+    let needed = graph.nodes.iter().filter(stale);
+    let names = needed.flat_map(|node| node.def.tools.iter().chain(node.family.build_tools));
+    let dir = engine.store().tools_dir();
+    names
+        .map(|name| (*name, engine::tools::status(name, engine.root(), &dir)))
+        .filter(|(_, status)| status.state == "fetched on first need")
+        .map(|(name, status)| (name, status.detail))
+        .collect()
 }
 
 fn plan_json(planned: &engine::Planned) -> serde_json::Value {

@@ -52,12 +52,22 @@ fn table(def: &StepDef, definitions: &mut Map<String, Value>) -> Value {
     if let Some(Value::Array(own)) = schema.get_mut("required").map(Value::take) {
         required.extend(own.into_iter().filter(|name| name != "lock"));
     }
+    properties.insert(
+        "matrix".into(),
+        json!({
+            "description": "Makes one target for each combination of values: `{ rank = [8, 16] }`.",
+            "type": "object",
+            "minProperties": 1,
+            "additionalProperties": {"type": "array", "minItems": 1},
+        }),
+    );
     json!({
         "title": def.name,
         "description": def.about,
         "type": "object",
         "properties": properties,
-        "required": required,
+        // What is required may stand in the matrix.
+        "anyOf": [{"required": required}, {"required": ["step", "matrix"]}],
         "additionalProperties": false,
     })
 }

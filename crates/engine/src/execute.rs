@@ -4,6 +4,7 @@
 //! before it ran. Killed at any moment, the store holds finished results only.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, mpsc};
@@ -17,6 +18,7 @@ use step::{
 use crate::plan::{Blocked, Plan, Planned, Ready, Stale, Status};
 use crate::process::{self, Said};
 use crate::resolve::{Graph, Input, Node, Origin};
+use crate::sandbox::{self, Allowed};
 use crate::schedule::Schedule;
 use crate::target::TargetId;
 use crate::{Engine, Error, Event, Workers, code, held, tools, why};
@@ -317,10 +319,13 @@ impl Engine {
         request.threads = threads;
         let started = SystemTime::now();
         let clock = Instant::now();
+        let rules = self.rules(node, worker, &request, attempt.path())?;
         let outcome =
-            process::run(worker, &request, attempt.path(), &self.running, &mut |said| match said {
-                Said::Progress(progress) => on(Event::Progress { target, progress }),
-                Said::Note(text) => on(Event::Note { target, text }),
+            process::run(worker, &request, attempt.path(), &self.running, rules, &mut |said| {
+                match said {
+                    Said::Progress(progress) => on(Event::Progress { target, progress }),
+                    Said::Note(text) => on(Event::Note { target, text }),
+                }
             })
             .map_err(|failure| Failure {
                 message: format!("{target}: {}", failure.message),
@@ -358,6 +363,29 @@ impl Engine {
             metrics: outcome.metrics,
             provenance,
         })
+    }
+
+    /// What the worker of `request` may touch; none where it may touch anything.
+    pub(crate) fn rules(
+        &self,
+        node: &Node,
+        worker: &Path,
+        request: &Request,
+        attempt: &Path,
+    ) -> Result<Option<OwnedFd>, Failure> {
+        if !self.confined {
+            return Ok(None);
+        }
+        let mut allowed = Allowed { network: node.def.network, ..Allowed::default() };
+        allowed.read.insert(worker.to_path_buf());
+        allowed.read.extend(request.inputs.values().flatten().map(|input| input.path.clone()));
+        allowed.read.extend(request.tools.values().cloned());
+        for name in (node.def.programs)(&node.params) {
+            program_on_path(&name).iter().for_each(|path| allowed.program(path));
+        }
+        allowed.write.extend([attempt.to_path_buf(), request.scratch.clone()]);
+        sandbox::rules(&allowed)
+            .map_err(|e| Failure::environment(format!("cannot confine the step: {e}")))
     }
 
     pub(crate) fn request(
@@ -476,9 +504,7 @@ impl Engine {
         if let Some(digest) = known.get(name) {
             return Ok(digest.clone());
         }
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let found = std::env::split_paths(&path).map(|dir| dir.join(name)).find(|p| p.is_file());
-        let digest = match found {
+        let digest = match program_on_path(name) {
             Some(path) => self.store.hash_path(&path)?.digest().to_string(),
             None => "not found".into(),
         };
@@ -628,13 +654,20 @@ impl Engine {
         } else {
             symlink(&self.materialise(result.report)?, &report)?;
         }
-        Ok(write_atomic(&pointer, &text)?)
+        write_atomic(&pointer, &text)?;
+        self.note_in_history(target, result.key);
+        Ok(())
     }
 
     fn finish_caches(&self) {
         held(&self.code).iter().for_each(code::CodeBase::save);
         self.store.save_stat_cache();
     }
+}
+
+fn program_on_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file())
 }
 
 fn targets_of(node: &Node) -> impl Iterator<Item = &TargetId> {

@@ -13,6 +13,7 @@ pub mod lock;
 pub mod plan;
 mod process;
 pub mod resolve;
+pub mod sandbox;
 mod schedule;
 mod target;
 pub mod tools;
@@ -21,6 +22,7 @@ pub mod vouch;
 pub mod why;
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
@@ -89,6 +91,8 @@ pub struct Engine {
     /// Read when the first key is made.
     code: Mutex<Option<code::CodeBase>>,
     workers: Workers,
+    /// Whether steps are held to what they may touch.
+    confined: bool,
     /// Family → its worker, once compiled.
     compiled: Mutex<BTreeMap<String, PathBuf>>,
     /// The workspace's commit, and whether it was changed since; asked for once.
@@ -109,6 +113,7 @@ impl Engine {
             registry,
             code: Mutex::new(None),
             workers: Workers::Cargo,
+            confined: true,
             compiled: Mutex::default(),
             commit: OnceLock::new(),
             programs: Mutex::default(),
@@ -119,6 +124,11 @@ impl Engine {
 
     pub fn with_workers(self, workers: Workers) -> Self {
         Self { workers, ..self }
+    }
+
+    /// Lets steps touch anything.
+    pub fn unconfined(self) -> Self {
+        Self { confined: false, ..self }
     }
 
     pub fn root(&self) -> &Path {
@@ -162,6 +172,24 @@ impl Engine {
     /// Where a target's artifact is linked for people.
     pub fn link(&self, id: &TargetId) -> PathBuf {
         self.root.join("artifacts").join(&id.recipe).join(&id.target)
+    }
+
+    /// The results that a target's name has stood for and that are still usable, oldest first.
+    pub fn history(&self, id: &TargetId) -> Vec<ActionResult> {
+        let text = std::fs::read_to_string(self.history_path(id)).unwrap_or_default();
+        let keys = text.lines().filter_map(|line| line.parse().ok());
+        keys.filter_map(|key| self.result(key)).collect()
+    }
+
+    /// Keeps that a name stands for another action now. Losing it costs a comparison, no result.
+    fn note_in_history(&self, id: &TargetId, key: ActionKey) {
+        let path = self.history_path(id);
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+        let _ = file.and_then(|mut file| file.write_all(format!("{key}\n").as_bytes()));
+    }
+
+    fn history_path(&self, id: &TargetId) -> PathBuf {
+        self.pointer(id).with_extension("history")
     }
 
     /// The file that keeps which action a target's name stood for last.

@@ -35,16 +35,13 @@ impl Engine {
             let request =
                 self.request(node, &asking, attempt.path(), &BTreeMap::new(), Mode::Lock, on)?;
             let target = &node.id;
-            process::run(
-                &worker,
-                &request,
-                attempt.path(),
-                &self.running,
-                &mut |said| match said {
+            let rules = self.rules(node, &worker, &request, attempt.path())?;
+            process::run(&worker, &request, attempt.path(), &self.running, rules, &mut |said| {
+                match said {
                     Said::Progress(progress) => on(Event::Progress { target, progress }),
                     Said::Note(text) => on(Event::Note { target, text }),
-                },
-            )?;
+                }
+            })?;
             let answer = request.out.join("lock.json");
             let after: Value = std::fs::read(&answer)
                 .ok()

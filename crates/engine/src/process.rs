@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -15,7 +16,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use step::Failure;
 use step::worker::{Event, Progress, Request};
 
-use crate::held;
+use crate::{held, sandbox};
 
 /// The variables a worker sees, where they are set: what finds programs and the network, and what
 /// picks an accelerator. Everything else is left out, so that it cannot take part in a result.
@@ -93,6 +94,7 @@ pub fn run(
     request: &Request,
     dir: &Path,
     running: &Running,
+    rules: Option<OwnedFd>,
     on: &mut dyn FnMut(Said),
 ) -> Result<Outcome, Failure> {
     let request_path = dir.join("request.json");
@@ -116,6 +118,10 @@ pub fn run(
         }
     }
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).process_group(0);
+    if let Some(rules) = rules {
+        // SAFETY: between fork and exec it makes system calls only.
+        unsafe { command.pre_exec(move || sandbox::enter(&rules)) };
+    }
     let child = command.spawn().map_err(|e| io("cannot start", worker, e))?;
     let mut group = Group::new(child, running);
     let stdout = group.child.stdout.take().expect("standard output is piped");

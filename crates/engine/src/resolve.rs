@@ -140,14 +140,14 @@ impl<'a> Resolver<'a> {
         for word in words {
             if let Some((recipe, target)) = word.split_once('/') {
                 self.recipe(recipe, None)?;
-                out.push(self.existing(TargetId::new(recipe, target))?);
+                out.extend(self.existing(TargetId::new(recipe, target))?);
             } else if self.recipe_names().contains(word) {
                 let tables = &self.recipe(word, None)?.0.targets;
                 let all = tables.iter().filter(|t| !t.step.value.starts_with("publish/"));
                 out.extend(all.map(|t| TargetId::new(word, &t.name)));
             } else {
                 self.recipe(DEFAULT_RECIPE, None)?;
-                out.push(self.existing(TargetId::new(DEFAULT_RECIPE, word))?);
+                out.extend(self.existing(TargetId::new(DEFAULT_RECIPE, word))?);
             }
         }
         Ok(out)
@@ -223,8 +223,10 @@ impl<'a> Resolver<'a> {
             let key = entry.key.value.as_str();
             if let Some(input) = def.inputs.iter().find(|i| i.name == key) {
                 for (text, span) in texts(recipe, entry, input)? {
-                    inputs.push(self.input(recipe, input, &text, span.clone())?);
-                    spans.push(span);
+                    for text in self.variants(recipe, input, text, &span)? {
+                        inputs.push(self.input(recipe, input, &text, span.clone())?);
+                        spans.push(span.clone());
+                    }
                 }
             } else if keys.contains(&key) && key != LOCK {
                 params.insert(key.into(), entry.value.value.clone());
@@ -274,6 +276,38 @@ impl<'a> Resolver<'a> {
         }
         let node = Node { id: id.clone(), family, def, kind, params, inputs, unlocked };
         Ok((node, spans))
+    }
+
+    /// What a string in an input field names: itself, or all that a matrix made of it where the
+    /// input takes many.
+    fn variants(
+        &mut self,
+        recipe: &Recipe,
+        def: &InputDef,
+        text: String,
+        span: &Span,
+    ) -> Result<Vec<String>, Error> {
+        let InputRef::Target { recipe: other, target } = InputRef::parse(&text) else {
+            return Ok(vec![text]);
+        };
+        let at = Some((recipe, span.clone()));
+        let of = self.recipe(other.as_deref().unwrap_or(&recipe.name), at)?;
+        let names: Vec<String> = of.0.variants(&target).map(|t| t.name.clone()).collect();
+        if names.is_empty() {
+            return Ok(vec![text]);
+        }
+        if def.arity != Arity::Many {
+            let message =
+                format!("`{target}` is {} targets, and `{}` takes one", names.len(), def.name);
+            let help =
+                format!("they are {}; a matrix over `{}` takes each", names.join(", "), def.name);
+            return Err(recipe.diagnostic(span.clone(), message).help(help).into());
+        }
+        let full = |name| match &other {
+            Some(recipe) => format!("{recipe}/{name}"),
+            None => name,
+        };
+        Ok(names.into_iter().map(full).collect())
     }
 
     fn input(
@@ -371,11 +405,15 @@ impl<'a> Resolver<'a> {
         Ok(Rc::clone(&self.recipes[name]))
     }
 
-    fn existing(&self, id: TargetId) -> Result<TargetId, Error> {
-        match self.recipes[&id.recipe].0.target(&id.target) {
-            Some(_) => Ok(id),
-            None => Err(self.no_target(&id).into()),
+    /// The target, or those that a matrix made of it.
+    fn existing(&self, id: TargetId) -> Result<Vec<TargetId>, Error> {
+        let recipe = &self.recipes[&id.recipe].0;
+        if recipe.target(&id.target).is_some() {
+            return Ok(vec![id]);
         }
+        let variants = recipe.variants(&id.target);
+        let variants: Vec<_> = variants.map(|t| TargetId::new(&id.recipe, &t.name)).collect();
+        if variants.is_empty() { Err(self.no_target(&id).into()) } else { Ok(variants) }
     }
 
     fn no_target(&self, id: &TargetId) -> step::Failure {

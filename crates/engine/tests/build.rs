@@ -175,3 +175,20 @@ fn mistakes_are_shown_at_their_place() {
     }
     insta::assert_snapshot!(all);
 }
+
+#[test]
+fn a_matrix_is_built_as_the_targets_that_it_stands_for() {
+    let w = Workspace::new(
+        "[a]\nstep = \"demo/upper\"\ntext = \"./rows.txt\"\nmatrix = { level = [1, 2] }\n\
+         [all]\nstep = \"demo/lines\"\ntext = \"./rows.txt\"\nmore = [\"a\"]\n",
+    );
+    assert_eq!(w.build("r/a").unwrap(), ["a-level-1", "a-level-2"]);
+    assert_eq!(w.build("r/all").unwrap(), ["all"]);
+    w.write(
+        "recipes/r.toml",
+        "[a]\nstep = \"demo/upper\"\ntext = \"./rows.txt\"\nmatrix = { level = [1, 2] }\n\
+         [b]\nstep = \"demo/upper\"\ntext = \"a\"\n",
+    );
+    let error = w.build("r/b").unwrap_err();
+    assert!(error.contains("`a` is 2 targets, and `text` takes one"), "{error}");
+}

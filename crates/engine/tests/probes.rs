@@ -124,6 +124,28 @@ fn a_worker_that_babbles_harms_nothing() {
 }
 
 #[test]
+fn a_step_touches_what_is_its_own_and_nothing_else() {
+    if !engine::sandbox::available() {
+        assert!(std::env::var_os("CI").is_none(), "this kernel has no Landlock");
+        return;
+    }
+    let w = Workspace::new("[a]\nstep = \"demo/nosy\"\ntext = \"./rows.txt\"\n");
+    w.build("r").unwrap();
+    let denied = "PermissionDenied";
+    let expected = [
+        ("read its input", "done"),
+        ("read a recipe", denied),
+        ("list the store", denied),
+        ("write beside", denied),
+        ("write its input", denied),
+        ("write its scratch", "done"),
+        ("connect", denied),
+    ];
+    let expected: String = expected.iter().map(|(what, how)| format!("{what}: {how}\n")).collect();
+    assert_eq!(w.output("a"), expected);
+}
+
+#[test]
 fn gc_does_not_disturb_a_build() {
     let w = Workspace::new(ONE_SLOW);
     let mut refused = None;

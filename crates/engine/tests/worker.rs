@@ -17,6 +17,7 @@ fn main() -> ExitCode {
         ("demo/slow", slow),
         ("demo/full", full),
         ("demo/babble", babble),
+        ("demo/nosy", nosy),
     ])
 }
 
@@ -65,6 +66,29 @@ fn babble(job: &Job) -> anyhow::Result<()> {
     job.metric("words", 1.0);
     stdout.write_all(b"{\"event\": \"metric\", \"name\": \"half")?;
     Ok(stdout.flush()?)
+}
+
+/// Tries what no step may do, and says what came of it.
+fn nosy(job: &Job) -> anyhow::Result<()> {
+    let store = job.out().ancestors().nth(3).context("an attempt lies in a store")?;
+    let workspace = store.ancestors().nth(2).context("a store lies in a workspace")?;
+    let said = |result: std::io::Result<()>| match result {
+        Ok(()) => "done".to_string(),
+        Err(e) => format!("{:?}", e.kind()),
+    };
+    let mut text = String::new();
+    for (what, result) in [
+        ("read its input", read(job, "text").map(drop).map_err(std::io::Error::other)),
+        ("read a recipe", std::fs::read(workspace.join("recipes/r.toml")).map(drop)),
+        ("list the store", std::fs::read_dir(store.join("cas")).map(drop)),
+        ("write beside", std::fs::write(workspace.join("recipes/new"), "x")),
+        ("write its input", std::fs::write(job.input("text")?.path.join("new"), "x")),
+        ("write its scratch", std::fs::write(job.scratch().join("new"), "x")),
+        ("connect", std::net::TcpStream::connect("127.0.0.1:9").map(drop)),
+    ] {
+        text += &format!("{what}: {}\n", said(result));
+    }
+    Ok(std::fs::write(job.out().join("text.txt"), text)?)
 }
 
 /// The text of all files below an input, in the order of their paths.

@@ -5,6 +5,7 @@
 mod diagnostic;
 mod input;
 mod lock;
+mod matrix;
 mod parse;
 mod suggest;
 
@@ -51,6 +52,8 @@ pub struct Recipe {
 pub struct Table {
     /// The word that is typed after `build`.
     pub name: String,
+    /// The word in the header, where a matrix made several targets of it.
+    pub matrix: Option<String>,
     /// The name, where it stands in the header.
     pub header: Span,
     /// `merge/lora`.
@@ -84,6 +87,11 @@ impl Recipe {
 
     pub fn target(&self, name: &str) -> Option<&Table> {
         self.places.get(name).map(|place| &self.targets[*place])
+    }
+
+    /// The targets that a matrix made of the table `name`; none where it has no matrix.
+    pub fn variants<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Table> {
+        self.targets.iter().filter(move |t| t.matrix.as_deref() == Some(name))
     }
 
     /// A mistake at a place in this recipe.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde_json::{Map, Number, Value};
 use toml::de::{DeTable, DeValue};
 
-use crate::{Diagnostic, Entry, Recipe, Source, Span, Spanned, Table, nearest};
+use crate::{Diagnostic, Entry, Recipe, Source, Span, Spanned, Table, matrix, nearest};
 
 type At<'i, T> = toml::Spanned<T>;
 
@@ -27,13 +27,16 @@ pub(crate) fn recipe(path: &Path, text: &str) -> Result<Recipe, Diagnostic> {
     let mut targets: Vec<Table> = Vec::new();
     let mut names = HashMap::new();
     for (key, value) in in_order(root.get_ref()) {
-        let table = parser.table(&key, value)?;
-        // Targets become folders, and some disks cannot tell `A` from `a`.
-        if let Some(twin) = names.insert(table.name.to_lowercase(), table.name.clone()) {
-            let message = format!("`{}` and `{twin}` differ only in case", table.name);
-            return Err(parser.error(table.header, message).help("give one of them another name"));
+        for table in matrix::expand(parser.table(&key, value)?, &parser.source)? {
+            // Targets become folders, and some disks cannot tell `A` from `a`.
+            if let Some(twin) = names.insert(table.name.to_lowercase(), table.name.clone()) {
+                let how = if twin == table.name { "are the same" } else { "differ only in case" };
+                let message = format!("`{}` and `{twin}` {how}", table.name);
+                let error = parser.error(table.header, message);
+                return Err(error.help("give one of them another name"));
+            }
+            targets.push(table);
         }
-        targets.push(table);
     }
     if targets.is_empty() {
         return Err(Diagnostic::of_file(path, "the recipe has no targets")
@@ -55,10 +58,10 @@ pub fn is_name(text: &str) -> bool {
     check_name(text).is_ok()
 }
 
-const NAME_RULE: &str =
+pub(crate) const NAME_RULE: &str =
     "names are letters, digits, `-` and `_`, and begin with a letter or a digit";
 
-fn check_name(name: &str) -> Result<(), String> {
+pub(crate) fn check_name(name: &str) -> Result<(), String> {
     let allowed = |c: &char| c.is_alphanumeric() || matches!(c, '-' | '_');
     match name.chars().next() {
         None => Err("it is empty".into()),
@@ -140,7 +143,7 @@ impl Parser {
         let Some(step) = step else {
             return Err(self.without_step(name, header, table, &entries));
         };
-        Ok(Table { name: name.clone(), header, step, entries })
+        Ok(Table { name: name.clone(), matrix: None, header, step, entries })
     }
 
     fn without_step(

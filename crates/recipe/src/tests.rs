@@ -281,3 +281,33 @@ mod lock {
         assert_snapshot!(shown.join("\n\n"));
     }
 }
+
+#[test]
+fn a_matrix_is_a_target_for_each_combination() {
+    let text = "[a]\nstep = \"x/y\"\nalpha = 1\n\n[a.matrix]\nrank = [8, 16]\nrate = [0.5]\n";
+    let recipe = Recipe::parse(Path::new("r.toml"), text).unwrap();
+    let names: Vec<&str> = recipe.variants("a").map(|t| t.name.as_str()).collect();
+    assert_eq!(names, ["a-rank-8-rate-0_5", "a-rank-16-rate-0_5"]);
+    assert!(recipe.target("a").is_none());
+    let second = recipe.target(names[1]).unwrap();
+    let keys: Vec<&str> = second.entries.iter().map(|e| e.key.value.as_str()).collect();
+    assert_eq!(keys, ["alpha", "rank", "rate"]);
+    // A mistake in a value is shown where that value stands.
+    let span = recipe.span_of(names[1], "rank").unwrap();
+    assert_eq!(&text[span], "16");
+}
+
+#[test]
+fn what_a_matrix_gets_wrong_is_shown() {
+    for (matrix, message) in [
+        ("matrix = 3", "`matrix` is a table of lists"),
+        ("matrix = { rank = 8 }", "`rank` takes a list of values in a matrix"),
+        ("matrix = { rank = [] }", "`rank` takes a list of values in a matrix"),
+        ("rank = 8\nmatrix = { rank = [8] }", "`rank` stands in the table and in its matrix"),
+        ("matrix = { rank = [8, 8] }", "`a-rank-8` and `a-rank-8` are the same"),
+    ] {
+        let text = format!("[a]\nstep = \"x/y\"\n{matrix}\n");
+        let error = Recipe::parse(Path::new("r.toml"), &text).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+    }
+}

@@ -70,6 +70,10 @@ pub fn run(root: &Path, json: bool) -> anyhow::Result<ExitCode> {
         let status = tools::status(tool, root, &dir);
         add(tool, true, status.state, status.detail);
     }
+    match engine::sandbox::available() {
+        true => add("sandbox", true, "there", "Landlock holds steps to their inputs".into()),
+        false => add("sandbox", true, "none", "no Landlock: steps may touch any file".into()),
+    }
     match std::process::Command::new("nvidia-smi").arg("-L").output() {
         Ok(output) if output.status.success() => {
             let text = String::from_utf8_lossy(&output.stdout);

@@ -39,6 +39,7 @@ demo_step!(Fail, "demo/fail", None);
 demo_step!(Slow, "demo/slow", Some(1));
 demo_step!(Full, "demo/full", None);
 demo_step!(Babble, "demo/babble", None);
+demo_step!(Nosy, "demo/nosy", None);
 
 static FAMILY: Family = Family {
     name: "demo",
@@ -49,6 +50,7 @@ static FAMILY: Family = Family {
         StepDef::of::<Slow>(),
         StepDef::of::<Full>(),
         StepDef::of::<Babble>(),
+        StepDef::of::<Nosy>(),
     ],
     build_tools: &[],
 };

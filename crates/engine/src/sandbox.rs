@@ -1,0 +1,94 @@
+//! What a step may touch: it reads its inputs and tools, writes its own folders, and nothing else;
+//! without the network, unless it is there for that. Landlock holds it to that on Linux.
+//!
+//! Knows nothing of steps.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+/// What one worker may touch.
+#[derive(Debug, Default)]
+pub(crate) struct Allowed {
+    /// Files and folders to read, and to run.
+    pub read: BTreeSet<PathBuf>,
+    pub write: BTreeSet<PathBuf>,
+    pub network: bool,
+}
+
+/// Where systems keep libraries, programs and settings. None of it is a person's own.
+const SYSTEM: &[&str] = &[
+    "/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/opt", "/nix", "/proc", "/sys",
+    "/run",
+];
+/// `/dev/null`, random numbers, accelerators, shared memory.
+const DEVICES: &str = "/dev";
+/// Variables that lead to libraries or certificates elsewhere.
+const LEADING: &[&str] = &["LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR"];
+
+impl Allowed {
+    /// A program, and what is installed with it: `/home/me/.pyenv` of `/home/me/.pyenv/bin/python3`.
+    pub fn program(&mut self, path: &Path) {
+        for path in [Some(path.to_path_buf()), path.canonicalize().ok()].into_iter().flatten() {
+            let folder = path.parent().filter(|f| f.ends_with("bin") || f.ends_with("shims"));
+            self.read.extend(folder.and_then(Path::parent).map(Path::to_path_buf));
+            self.read.insert(path);
+        }
+    }
+}
+
+/// The newest rules of Landlock that are asked for; an older kernel keeps those that it knows.
+#[cfg(target_os = "linux")]
+const RULES: landlock::ABI = landlock::ABI::V5;
+
+/// Rules for a process, to be laid on it by [`enter`]; none where the kernel has no Landlock.
+#[cfg(target_os = "linux")]
+pub(crate) fn rules(allowed: &Allowed) -> io::Result<Option<OwnedFd>> {
+    use landlock::{Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetCreatedAttr};
+
+    let leading = LEADING.iter().filter_map(std::env::var_os);
+    let leading = leading.flat_map(|value| std::env::split_paths(&value).collect::<Vec<_>>());
+    let read = allowed.read.iter().cloned().chain(SYSTEM.iter().map(PathBuf::from)).chain(leading);
+    let write = allowed.write.iter().cloned().chain([PathBuf::from(DEVICES)]);
+    let rules = |paths: Vec<PathBuf>, access| landlock::path_beneath_rules(paths, access);
+    let made = (|| {
+        let mut ruleset = Ruleset::default().handle_access(AccessFs::from_all(RULES))?;
+        if !allowed.network {
+            ruleset = ruleset.handle_access(AccessNet::from_all(RULES))?;
+        }
+        ruleset
+            .create()?
+            .add_rules(rules(read.collect(), AccessFs::from_read(RULES)))?
+            .add_rules(rules(write.collect(), AccessFs::from_all(RULES)))
+    })();
+    made.map(Into::into).map_err(|e: landlock::RulesetError| io::Error::other(e))
+}
+
+/// Lays the rules on this process and all that it starts. Makes two system calls and nothing else:
+/// it is called between fork and exec.
+#[cfg(target_os = "linux")]
+pub(crate) fn enter(rules: &OwnedFd) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: neither call takes a pointer.
+    let failed = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
+            || libc::syscall(libc::SYS_landlock_restrict_self, rules.as_raw_fd(), 0) != 0
+    };
+    if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn rules(_: &Allowed) -> io::Result<Option<OwnedFd>> {
+    Ok(None)
+}
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn enter(_: &OwnedFd) -> io::Result<()> {
+    Ok(())
+}
+
+/// Whether this kernel can hold steps to what they may touch.
+pub fn available() -> bool {
+    rules(&Allowed::default()).is_ok_and(|rules| rules.is_some())
+}
