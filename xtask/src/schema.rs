@@ -26,32 +26,43 @@ fn table(def: &StepDef, definitions: &mut Map<String, Value>) -> Value {
     let mut schema = (def.schema)().to_value();
     // Definitions of all steps share one place: each gets its step's name in front.
     let prefix = def.name.replace('/', "-");
-    if let Some(Value::Object(own)) = schema.as_object_mut().and_then(|s| s.remove("$defs")) {
-        for (name, mut definition) in own {
-            to_draft_4(&mut definition, &prefix);
-            definitions.insert(format!("{prefix}-{name}"), definition);
-        }
+    let own = schema.as_object_mut().and_then(|s| s.remove("$defs")).unwrap_or_default();
+    for (name, definition) in own.as_object().into_iter().flatten() {
+        let mut definition = definition.clone();
+        to_draft_4(&mut definition, &prefix);
+        definitions.insert(format!("{prefix}-{name}"), definition);
     }
-    to_draft_4(&mut schema, &prefix);
+    let mut keys = match schema.get_mut("properties").map(Value::take) {
+        Some(Value::Object(keys)) => keys,
+        _ => Map::new(),
+    };
+    // The pin of a locked source stands in the lock file.
+    keys.remove("lock");
+    let probe = Probe { def, sample: sample(&keys, &own) };
+    let mut required: Vec<Value> =
+        keys.keys().filter(|key| probe.needs(key)).map(|key| json!(key)).collect();
+    for (key, schema) in &mut keys {
+        let list = schema["type"] == "array" && schema["items"]["type"] == "string";
+        if list && probe.takes_one(key) {
+            let description = schema.as_object_mut().and_then(|s| s.remove("description"));
+            *schema = json!({"anyOf": [{"type": "string"}, schema.take()]});
+            schema["description"] = description.unwrap_or_default();
+        }
+        to_draft_4(schema, &prefix);
+    }
 
     let mut properties = Map::from_iter([(
         "step".to_string(),
         json!({"description": def.about, "enum": [def.name]}),
     )]);
-    let mut required = vec![json!("step")];
+    required.push(json!("step"));
     for input in def.inputs {
         properties.insert(input.name.into(), of_input(input));
         if input.arity == Arity::One {
             required.push(json!(input.name));
         }
     }
-    if let Some(Value::Object(own)) = schema.get_mut("properties").map(Value::take) {
-        // The pin of a locked source stands in the lock file.
-        properties.extend(own.into_iter().filter(|(name, _)| name != "lock"));
-    }
-    if let Some(Value::Array(own)) = schema.get_mut("required").map(Value::take) {
-        required.extend(own.into_iter().filter(|name| name != "lock"));
-    }
+    properties.extend(keys);
     properties.insert(
         "matrix".into(),
         json!({
@@ -70,6 +81,58 @@ fn table(def: &StepDef, definitions: &mut Map<String, Value>) -> Value {
         "anyOf": [{"required": required}, {"required": ["step", "matrix"]}],
         "additionalProperties": false,
     })
+}
+
+/// Asks a step itself what its types do not tell: what it fills in, what it takes in two forms.
+struct Probe<'a> {
+    def: &'a StepDef,
+    /// Every key with some value of its type.
+    sample: Map<String, Value>,
+}
+
+impl Probe<'_> {
+    /// Whether a recipe must write this key, be all the others written.
+    fn needs(&self, key: &str) -> bool {
+        let mut given = self.sample.clone();
+        given.remove(key);
+        let missing = format!("missing field `{key}`");
+        (self.def.resolve)(given).is_err_and(|error| error.message.contains(&missing))
+    }
+
+    /// Whether a string does for a list of one.
+    fn takes_one(&self, key: &str) -> bool {
+        let mut given = self.sample.clone();
+        given.insert(key.into(), json!("x"));
+        !(self.def.resolve)(given).is_err_and(|error| error.message.contains("invalid type"))
+    }
+}
+
+fn sample(keys: &Map<String, Value>, definitions: &Value) -> Map<String, Value> {
+    fn of(schema: &Value, definitions: &Value) -> Value {
+        if let Some(name) = schema["$ref"].as_str().and_then(|to| to.strip_prefix("#/$defs/")) {
+            return of(&definitions[name], definitions);
+        }
+        let choice = ["oneOf", "anyOf"].iter().find_map(|of| schema[*of].get(0));
+        if let Some(first) = choice {
+            return of(first, definitions);
+        }
+        if let Some(value) = schema.get("const").or_else(|| schema["enum"].get(0)) {
+            return value.clone();
+        }
+        let kind = schema["type"].as_str().or_else(|| schema["type"][0].as_str());
+        match kind.unwrap_or_default() {
+            "integer" | "number" => json!(64),
+            "boolean" => json!(true),
+            "string" => json!("x"),
+            "array" => {
+                let items = schema["minItems"].as_u64().unwrap_or(0);
+                (0..items).map(|_| of(&schema["items"], definitions)).collect()
+            }
+            "object" => json!({}),
+            _ => Value::Null,
+        }
+    }
+    keys.iter().map(|(key, schema)| (key.clone(), of(schema, definitions))).collect()
 }
 
 fn of_input(input: &InputDef) -> Value {
