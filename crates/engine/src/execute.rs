@@ -12,9 +12,11 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use step::worker::{self, Mode, Request};
 use step::{
-    Action, ActionKey, ActionResult, Failure, Platform, Provenance, TreeDigest, action, canonical,
+    Action, ActionKey, ActionResult, CodeDigest, Failure, Platform, Provenance, TreeDigest, action,
+    canonical,
 };
 
+use crate::compiled::Compiled;
 use crate::plan::{Blocked, Plan, Planned, Ready, Stale, Status};
 use crate::process::{self, Said};
 use crate::resolve::{Graph, Input, Node, Origin};
@@ -137,9 +139,7 @@ impl Engine {
         options: Options,
         on: &mut (dyn FnMut(Event) + Send),
     ) -> Result<Outcome, Error> {
-        if !options.words.is_empty() {
-            *held(&self.remembered) = self.fresh(&options.words);
-        }
+        self.recall(&options.words);
         let on = Mutex::new(on);
         let tell = |event: Event<'_>| held(&on)(event);
         let facts = graph.facts();
@@ -183,6 +183,10 @@ impl Engine {
                     let (sender, tell) = (sender.clone(), &tell);
                     running += 1;
                     busy += threads;
+                    if self.commit.get().is_none() {
+                        // Asked while the first step runs.
+                        scope.spawn(|| self.commit());
+                    }
                     scope.spawn(move || {
                         let mut on = |event: Event<'_>| tell(event);
                         let made = self.make(node, &ready, &stale, threads, &inputs, &mut on);
@@ -339,7 +343,7 @@ impl Engine {
         let log = self.store.put_bytes(&outcome.log)?;
         let mut versions = outcome.versions;
         let device = versions.remove("device").unwrap_or_else(|| "cpu".into());
-        let (git_commit, git_dirty) = self.commit.get_or_init(|| git(&self.root)).clone();
+        let (git_commit, git_dirty) = self.commit().clone();
         let provenance = Provenance {
             started: started.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
             wall_seconds,
@@ -363,6 +367,10 @@ impl Engine {
             metrics: outcome.metrics,
             provenance,
         })
+    }
+
+    fn commit(&self) -> &(Option<String>, bool) {
+        self.commit.get_or_init(|| git(&self.root))
     }
 
     /// What the worker of `request` may touch; none where it may touch anything.
@@ -475,7 +483,7 @@ impl Engine {
             };
             inputs.insert(input.field.clone(), digest);
         }
-        let code = self.code()?.as_mut().expect("it was read").family(node.family.name)?;
+        let code = self.family_code(node.family.name)?;
         let mut tools = BTreeMap::new();
         for tool in node.def.tools {
             tools.insert(tool.to_string(), tools::version_and_hash(tool, &self.root)?);
@@ -510,6 +518,10 @@ impl Engine {
         };
         known.insert(name.into(), digest.clone());
         Ok(digest)
+    }
+
+    fn family_code(&self, family: &str) -> Result<CodeDigest, Failure> {
+        self.code()?.as_mut().expect("it was read").family(family)
     }
 
     /// The workspace's code, read the first time.
@@ -588,7 +600,16 @@ impl Engine {
         for tool in node.family.build_tools {
             env.extend(self.tool(tool, on)?.env);
         }
-        let path = self.compile(family, &env, on)?;
+        let code = self.family_code(family)?;
+        let record = self.store.root().join("workers").join(format!("{family}.json"));
+        let path = match Compiled::still(&record, code, &env) {
+            Some(path) => path,
+            None => {
+                let path = self.compile(family, &env, on)?;
+                Compiled::new(&path, code, env).write(&record);
+                path
+            }
+        };
         compiled.insert(family.into(), path.clone());
         Ok(path)
     }
@@ -627,11 +648,13 @@ impl Engine {
             }
             remove(&path)?;
         }
-        let attempt = self.store.attempt("tree")?;
-        let partial = attempt.path().join("tree");
-        self.store.materialise(&self.store.tree(tree)?, &partial, true)?;
-        rename(&partial, &path)?;
-        Ok(path)
+        let partial = self.store.root().join("tmp").join(format!("tree-{}", unique()));
+        let laid_out = self.store.materialise(&self.store.tree(tree)?, &partial, true);
+        let done = laid_out.map_err(Error::from).and_then(|()| Ok(rename(&partial, &path)?));
+        if done.is_err() || partial.exists() {
+            let _ = remove(&partial);
+        }
+        done.map(|()| path)
     }
 
     /// Makes the target's name stand for `result`: links, and the pointer last. Whoever finds the

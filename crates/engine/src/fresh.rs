@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,9 @@ pub(crate) struct Fresh {
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Target {
+    /// Found out once in a run.
+    #[serde(skip)]
+    rests: OnceLock<bool>,
     key: ActionKey,
     output: TreeDigest,
     /// The outputs that it was made from.
@@ -52,17 +56,33 @@ struct Target {
     seen: Vec<Seen>,
 }
 
+impl Target {
+    fn rests(&self) -> bool {
+        *self.rests.get_or_init(|| self.seen.iter().all(rests))
+    }
+}
+
 impl Engine {
     /// How many targets these words stand for, if all of them are made and nothing that they hang
     /// on has moved since that was found out.
     pub fn up_to_date(&self, words: &[String]) -> Option<usize> {
-        let fresh = self.fresh(words)?;
-        let rests = |target: &Target| target.seen.iter().all(rests);
-        fresh.targets.values().all(rests).then(|| fresh.targets.len())
+        self.recall(words);
+        let fresh = held(&self.remembered);
+        let targets = &fresh.as_ref()?.targets;
+        // All of them are looked at: a build that follows wants to know which ones rest.
+        let resting = targets.values().filter(|target| target.rests()).count();
+        (resting == targets.len()).then_some(resting)
     }
 
-    /// What is remembered of these words, if what all their targets hang on has not moved.
-    pub(crate) fn fresh(&self, words: &[String]) -> Option<Fresh> {
+    /// Takes up what is remembered of these words, if what all their targets hang on has not moved.
+    pub(crate) fn recall(&self, words: &[String]) {
+        let mut remembered = held(&self.remembered);
+        if remembered.is_none() && !words.is_empty() {
+            *remembered = self.fresh(words);
+        }
+    }
+
+    fn fresh(&self, words: &[String]) -> Option<Fresh> {
         let bytes = fs::read(self.fresh_path(words)).ok()?;
         let fresh: Fresh = serde_json::from_slice(&bytes).ok()?;
         let same = fresh.format == FORMAT
@@ -80,9 +100,9 @@ impl Engine {
         built: &[Built],
         began: SystemTime,
     ) {
-        if built.len() < graph.nodes.len()
-            || OVERRIDES.iter().any(|v| std::env::var_os(v).is_some())
-        {
+        let overridden = OVERRIDES.iter().any(|name| std::env::var_os(name).is_some());
+        // What was made just now is not at rest.
+        if overridden || built.len() < graph.nodes.len() || built.iter().any(|b| b.ran) {
             return;
         }
         let outputs: BTreeMap<&TargetId, TreeDigest> =
@@ -95,6 +115,7 @@ impl Engine {
                 Origin::Path { .. } => None,
             });
             let target = Target {
+                rests: OnceLock::new(),
                 key: built.key,
                 output: built.output,
                 inputs: made_from.collect(),
@@ -150,15 +171,16 @@ impl Engine {
         for node in &graph.nodes {
             let recipe = self.root().join("recipes").join(&node.id.recipe);
             paths.extend(["toml", "lock"].map(|end| recipe.with_added_extension(end)));
-            // A program may come to lie in a folder that is searched earlier.
-            for program in (node.def.programs)(&node.params) {
-                for dir in std::env::split_paths(&path_variable()) {
-                    let file = dir.join(&program);
-                    let found = file.is_file();
-                    paths.extend([dir, file]);
-                    if found {
-                        break;
-                    }
+        }
+        let programs = graph.nodes.iter().flat_map(|node| (node.def.programs)(&node.params));
+        for program in programs.collect::<BTreeSet<_>>() {
+            // One may come to lie in a folder that is searched earlier.
+            for dir in std::env::split_paths(&path_variable()) {
+                let file = dir.join(&program);
+                let found = file.is_file();
+                paths.extend([dir, file]);
+                if found {
+                    break;
                 }
             }
         }
@@ -183,7 +205,7 @@ impl Engine {
         let fresh = held(&self.remembered);
         let target = fresh.as_ref()?.targets.get(&node.id)?;
         let same = |(id, output): (&TargetId, &TreeDigest)| outputs.get(id) == Some(output);
-        let fits = target.inputs.iter().all(same) && target.seen.iter().all(rests);
+        let fits = target.inputs.iter().all(same) && target.rests();
         fits.then(|| Built {
             id: node.id.clone(),
             key: target.key,

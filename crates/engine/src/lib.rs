@@ -4,6 +4,7 @@
 //! [`Registry`] is handed to it.
 
 pub mod code;
+mod compiled;
 mod event;
 mod execute;
 mod fresh;

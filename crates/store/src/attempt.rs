@@ -15,7 +15,7 @@ use crate::{Result, Store, lock};
 #[derive(Debug)]
 pub struct Attempt {
     path: PathBuf,
-    /// Held while the attempt lives: how gc tells a dead one.
+    /// The folder itself, locked while the attempt lives: how gc tells a dead one.
     _alive: File,
 }
 
@@ -30,7 +30,7 @@ impl Store {
             .tempdir_in(&attempts)
             .map_err(io("create", &attempts))?;
         let path = folder.keep();
-        let alive = lock::open(&alive_file(&path))?;
+        let alive = File::open(&path).map_err(io("lock", &path))?;
         lock::flock(&alive, FlockOperation::NonBlockingLockExclusive, &path)?;
         Ok(Attempt { path, _alive: alive })
     }
@@ -54,11 +54,5 @@ impl Drop for Attempt {
     fn drop(&mut self) {
         // What stays behind is swept by gc.
         let _ = remove_folder(&self.path);
-        let _ = fs::remove_file(alive_file(&self.path));
     }
-}
-
-/// The file that a living attempt holds locked: beside its folder, so that the folder is empty.
-pub(crate) fn alive_file(folder: &Path) -> PathBuf {
-    folder.with_extension("alive")
 }

@@ -6,6 +6,7 @@ use std::fs::{self, File, Permissions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 
 use step::{BlobDigest, Entry, Tree, TreeDigest, canonical};
 use tempfile::NamedTempFile;
@@ -194,24 +195,28 @@ impl Store {
             _ => io("read", &source)(e),
         })?;
         let dir = target.parent().expect("a path below dest");
-        let mut copy = NamedTempFile::new_in(dir).map_err(io("write", dir))?;
-        if !clone_file(&blob, copy.as_file()) {
-            match fs::hard_link(&source, target) {
-                Ok(()) => return Ok(()),
-                // Another disk, too many links, or a file system without them.
-                Err(e)
-                    if e.kind() != ErrorKind::AlreadyExists
-                        && e.kind() != ErrorKind::StorageFull =>
-                {
-                    std::io::copy(&mut &blob, copy.as_file_mut()).map_err(io("write", target))?;
-                }
-                Err(e) => return Err(io("write", target)(e)),
+        if self.clones.load(Ordering::Relaxed) {
+            let copy = NamedTempFile::new_in(dir).map_err(io("write", dir))?;
+            if clone_file(&blob, copy.as_file()) {
+                return finish(copy, target);
+            }
+            // Nor will it clone the next one.
+            self.clones.store(false, Ordering::Relaxed);
+        }
+        match fs::hard_link(&source, target) {
+            Ok(()) => Ok(()),
+            Err(e)
+                if e.kind() == ErrorKind::AlreadyExists || e.kind() == ErrorKind::StorageFull =>
+            {
+                Err(io("write", target)(e))
+            }
+            // Another disk, too many links, or a file system without them.
+            Err(_) => {
+                let mut copy = NamedTempFile::new_in(dir).map_err(io("write", dir))?;
+                std::io::copy(&mut &blob, copy.as_file_mut()).map_err(io("write", target))?;
+                finish(copy, target)
             }
         }
-        copy.as_file()
-            .set_permissions(Permissions::from_mode(0o444))
-            .map_err(io("write", target))?;
-        copy.persist_noclobber(target).map(drop).map_err(|e| io("write", target)(e.error))
     }
 
     /// Moves a blob that is not what its name says out of the way.
@@ -222,6 +227,13 @@ impl Store {
             Err(e) => io("quarantine the corrupt", path)(e),
         }
     }
+}
+
+/// Gives a laid-out copy its name, read-only.
+fn finish(copy: NamedTempFile, target: &Path) -> Result<()> {
+    let mode = Permissions::from_mode(0o444);
+    copy.as_file().set_permissions(mode).map_err(io("write", target))?;
+    copy.persist_noclobber(target).map(drop).map_err(|e| io("write", target)(e.error))
 }
 
 /// Removes a folder and all below it; one that is not there is gone already.

@@ -3,7 +3,7 @@
 //! Knows nothing of recipes: the caller says what is kept.
 
 use std::collections::HashSet;
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -11,7 +11,6 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::FlockOperation;
 use step::{ActionKey, BlobDigest, TreeDigest};
 
-use crate::attempt::alive_file;
 use crate::cas::remove_folder;
 use crate::error::io;
 use crate::{Result, Store, StoreError, lock};
@@ -105,7 +104,6 @@ impl Store {
             if folder.is_dir() && is_dead(&folder)? {
                 report.attempts_removed += 1;
                 report.bytes_freed += sweeper.remove(&folder)?;
-                sweeper.remove(&alive_file(&folder))?;
             }
         }
         for folder in sweeper.children(&self.root().join("scratch"))? {
@@ -195,9 +193,6 @@ impl Sweeper {
 }
 
 fn is_dead(attempt: &Path) -> Result<bool> {
-    let alive = alive_file(attempt);
-    if !alive.exists() {
-        return Ok(true);
-    }
-    lock::flock(&lock::open(&alive)?, FlockOperation::NonBlockingLockExclusive, &alive)
+    let folder = File::open(attempt).map_err(io("lock", attempt))?;
+    lock::flock(&folder, FlockOperation::NonBlockingLockExclusive, attempt)
 }

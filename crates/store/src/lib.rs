@@ -38,6 +38,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
 
 use rustix::fs::FlockOperation;
 use step::{ActionKey, BlobDigest};
@@ -63,6 +64,8 @@ pub const FORMAT: u32 = 1;
 pub struct Store {
     root: PathBuf,
     stat_cache: Mutex<StatCache>,
+    /// Whether the file system shares the blocks of two files, as far as is known.
+    clones: AtomicBool,
     /// There while data may not be on disk yet.
     mark: Mutex<Option<durable::Mark>>,
     /// Held shared for as long as the store is open; [`Store::gc`] needs it for itself alone.
@@ -90,7 +93,13 @@ impl Store {
         let presence = lock::open(&locks.join("store"))?;
         lock::flock(&presence, FlockOperation::LockShared, &locks)?;
         let stat_cache = Mutex::new(StatCache::at(root.join("stat-cache")));
-        let store = Self { root, stat_cache, mark: Mutex::new(None), presence };
+        let store = Self {
+            root,
+            stat_cache,
+            clones: AtomicBool::new(true),
+            mark: Mutex::new(None),
+            presence,
+        };
         store.recover()?;
         Ok(store)
     }

@@ -56,7 +56,9 @@ pub(crate) fn open(path: &Path) -> Result<File> {
 pub(crate) fn flock(file: &File, how: FlockOperation, path: &Path) -> Result<bool> {
     loop {
         match rustix::fs::flock(file, how) {
-            Ok(()) | Err(Errno::NOTSUP | Errno::NOSYS | Errno::NOLCK) => return Ok(true),
+            Ok(()) | Err(Errno::NOTSUP | Errno::NOSYS | Errno::NOLCK | Errno::BADF) => {
+                return Ok(true);
+            }
             Err(Errno::WOULDBLOCK) => return Ok(false),
             Err(Errno::INTR) => {}
             Err(e) => return Err(io("lock", path)(e.into())),

@@ -4,12 +4,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
-use step::{Entry, Tree};
+use step::{BlobDigest, Entry, Tree};
 
 use crate::cas::{refused, tree_name};
 use crate::error::io;
-use crate::stat_cache::hash_file;
+use crate::stat_cache::{hash_file, known_digest};
 use crate::{Result, Store, StoreError};
 
 /// Names that are never part of a source folder: the debris of tools, not what a person wrote.
@@ -50,13 +52,48 @@ impl Store {
                 None => files.push((tree_name("", path)?, path.to_path_buf())),
             },
         }
-        files
-            .into_iter()
-            .map(|(name, file)| {
-                let (digest, size) = hash_file(&self.stat_cache, &file)?;
-                Ok((Entry { path: name, digest, size }, file))
-            })
-            .collect()
+        let digests = self.digests(&files)?;
+        let entry = |((name, file), (digest, size))| (Entry { path: name, digest, size }, file);
+        Ok(files.into_iter().zip(digests).map(entry).collect())
+    }
+
+    /// Digest and size of each file: those that are not known are read by all threads.
+    fn digests(&self, files: &[(String, PathBuf)]) -> Result<Vec<(BlobDigest, u64)>> {
+        let mut found = Vec::new();
+        let mut unknown = Vec::new();
+        for (i, (_, path)) in files.iter().enumerate() {
+            let known = known_digest(&self.stat_cache, path)?;
+            unknown.extend(known.is_none().then_some(i));
+            found.push(known);
+        }
+        let next = AtomicUsize::new(0);
+        let work = || -> Result<Vec<(usize, (BlobDigest, u64))>> {
+            let mut done = Vec::new();
+            while let Some(i) = unknown.get(next.fetch_add(1, Ordering::Relaxed)) {
+                done.push((*i, hash_file(&self.stat_cache, &files[*i].1)?));
+            }
+            Ok(done)
+        };
+        // A thread costs more than a few small files.
+        const FILES_A_THREAD: usize = 4;
+        let threads = thread::available_parallelism().map_or(1, |n| n.get());
+        let large = unknown.iter().any(|i| files[*i].1.metadata().is_ok_and(|m| m.len() > 1 << 20));
+        let useful = if large { unknown.len() } else { unknown.len() / FILES_A_THREAD };
+        let more = threads.min(useful).saturating_sub(1);
+        let done = thread::scope(|scope| {
+            let others: Vec<_> = (0..more).map(|_| scope.spawn(work)).collect();
+            let mut done = vec![work()];
+            done.extend(
+                others.into_iter().map(|other| other.join().expect("hashing does not panic")),
+            );
+            done
+        });
+        for part in done {
+            for (i, digest) in part? {
+                found[i] = Some(digest);
+            }
+        }
+        Ok(found.into_iter().map(|digest| digest.expect("known or hashed")).collect())
     }
 }
 

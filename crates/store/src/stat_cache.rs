@@ -18,6 +18,7 @@ use std::fs::{self, File, Metadata};
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use step::BlobDigest;
@@ -125,16 +126,18 @@ impl StatCache {
     }
 }
 
-/// Hashes the file at `path`, unless the cache knows its digest.
-pub(crate) fn hash_file(
-    cache: &std::sync::Mutex<StatCache>,
+/// Digest and size of the file at `path`, if the cache knows them.
+pub(crate) fn known_digest(
+    cache: &Mutex<StatCache>,
     path: &Path,
-) -> Result<(BlobDigest, u64)> {
-    let lock = || cache.lock().expect("no panic while holding it");
-    let seen = fs::metadata(path).map_err(io("read", path))?;
-    if let Some(digest) = lock().get(&seen) {
-        return Ok((digest, seen.len()));
-    }
+) -> Result<Option<(BlobDigest, u64)>> {
+    let metadata = fs::metadata(path).map_err(io("read", path))?;
+    let digest = cache.lock().expect("no panic while holding it").get(&metadata);
+    Ok(digest.map(|digest| (digest, metadata.len())))
+}
+
+/// Hashes the file at `path`, and remembers it if that is safe.
+pub(crate) fn hash_file(cache: &Mutex<StatCache>, path: &Path) -> Result<(BlobDigest, u64)> {
     let file = File::open(path).map_err(io("read", path))?;
     let before = file.metadata().map_err(io("read", path))?;
     let began = now();
@@ -144,7 +147,7 @@ pub(crate) fn hash_file(
         return Err(StoreError::Moved { path: path.to_path_buf() });
     }
     if Stamp::of(&after).settled(began) {
-        lock().insert(&after, digest);
+        cache.lock().expect("no panic while holding it").insert(&after, digest);
     }
     Ok((digest, size))
 }

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Seek};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -28,20 +28,20 @@ pub fn run(job: &Job) -> Result<()> {
     for (name, word) in &params.env {
         command.env(name, fill(word, &format!("env.{name}"), &places)?);
     }
-    let log_path = std::env::temp_dir().join("program.log");
-    let log =
-        File::create(&log_path).with_context(|| format!("cannot write {}", log_path.display()))?;
+    let mut log = log().context("cannot make a place for what the program prints")?;
     let stdout = match &params.stdout {
         Some(name) => create(&job.out().join(name))?,
         None => log.try_clone()?,
     };
-    command.current_dir(job.out()).stdin(Stdio::null()).stdout(stdout).stderr(log);
+    let stderr = log.try_clone()?;
+    command.current_dir(job.out()).stdin(Stdio::null()).stdout(stdout).stderr(stderr);
 
     adopt_orphans();
     let status = start(&mut command, &program)?;
     // What still runs could go on writing to files that are the result by then.
     let left = end_orphans();
-    let said = fs::read(&log_path).unwrap_or_default();
+    let mut said = Vec::new();
+    log.rewind().and_then(|()| log.read_to_end(&mut said)).context("cannot read the log")?;
     std::io::Write::write_all(&mut std::io::stderr(), &said)?;
     if left > 0 {
         job.note(format!("ended {left} processes that `{}` had left behind", params.program));
@@ -53,6 +53,19 @@ pub fn run(job: &Job) -> Result<()> {
         _ => "ended badly".into(),
     };
     Err(Failure::input(format!("`{}` {how}{}", params.program, tail(&said))).into())
+}
+
+/// Where the program's output goes until it has ended: into memory, where the system can.
+fn log() -> std::io::Result<File> {
+    #[cfg(target_os = "linux")]
+    return Ok(rustix::fs::memfd_create("program.log", rustix::fs::MemfdFlags::CLOEXEC)?.into());
+    #[cfg(not(target_os = "linux"))]
+    File::options()
+        .create(true)
+        .truncate(true)
+        .read(true)
+        .write(true)
+        .open(std::env::temp_dir().join("program.log"))
 }
 
 /// Place → path.
