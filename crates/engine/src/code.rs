@@ -170,8 +170,8 @@ impl CodeBase {
                 counted.insert(key.into(), value.clone());
             }
         }
-        // A workspace dependency's version and features stand in the workspace's manifest.
-        for dependency in dependencies(manifest) {
+        // An inherited dependency's version and features stand in the workspace's manifest.
+        for dependency in inherited(manifest) {
             let table = self.workspace.get("workspace").and_then(|w| w.get("dependencies"));
             if let Some(value) = table.and_then(|t| t.get(&dependency)) {
                 counted.insert(format!("workspace.{dependency}"), value.clone());
@@ -236,6 +236,15 @@ fn walk(root: &Path, dir: &Path, out: &mut Vec<String>) -> Result<(), Failure> {
     }
     out.sort();
     Ok(())
+}
+
+/// The dependencies that a manifest takes from the workspace's.
+fn inherited(manifest: &toml::Table) -> BTreeSet<String> {
+    let sections = ["dependencies", "build-dependencies"].into_iter();
+    let entries = sections.filter_map(|section| manifest.get(section)?.as_table()).flatten();
+    let takes =
+        |value: &toml::Value| value.get("workspace").and_then(|w| w.as_bool()) == Some(true);
+    entries.filter(|(_, value)| takes(value)).map(|(name, _)| name.clone()).collect()
 }
 
 fn dependencies(manifest: &toml::Table) -> BTreeSet<String> {
