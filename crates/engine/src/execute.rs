@@ -387,7 +387,15 @@ impl Engine {
         let mut allowed = Allowed { network: node.def.network, ..Allowed::default() };
         allowed.read.insert(worker.to_path_buf());
         allowed.read.extend(request.inputs.values().flatten().map(|input| input.path.clone()));
-        allowed.read.extend(request.tools.values().cloned());
+        // A tool's libraries find each other beyond the folder that a worker is told of: pinned
+        // ones in their own, the user's beside it.
+        let pinned = self.store.tools_dir();
+        for path in request.tools.values() {
+            let own = path.strip_prefix(&pinned).ok().and_then(|rest| rest.iter().next());
+            let folder =
+                own.map_or_else(|| path.parent().map(Into::into), |own| Some(pinned.join(own)));
+            allowed.read.extend(folder);
+        }
         for name in (node.def.programs)(&node.params) {
             program_on_path(&name).iter().for_each(|path| allowed.program(path));
         }
