@@ -55,7 +55,10 @@ impl Engine {
                     key: ready.key,
                     reason: &crate::Stale::Asked,
                 });
+                // A checkpoint of an earlier rebuild would spare it the work.
+                self.store().clear_scratch(ready.key)?;
                 let new = self.run(node, &ready, &worker, threads_here(), &outputs, on)?;
+                self.store().clear_scratch(ready.key)?;
                 let size = self.store().tree(new.output)?.size();
                 on(Event::Finished { target: &node.id, result: &new, size });
                 self.compare(node.def.rebuild, old, &new)?
