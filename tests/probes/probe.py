@@ -216,6 +216,13 @@ def restore_times(path, stat):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+def wait_for_count(tool):
+    end = time.time() + 60
+    while "count" not in tool.runs():
+        assert time.time() < end, "its first step never ran"
+        time.sleep(0.02)
+
+
 def early_cutoff(tool):
     tool.build()
     settle()
@@ -246,8 +253,7 @@ def same_size_old_time(tool):
 def changed_while_it_ran(tool):
     tool.write("sleep", "1")
     builder = tool.start()
-    while "count" not in tool.runs():
-        time.sleep(0.02)
+    wait_for_count(tool)
     time.sleep(0.3)
     tool.write("in.txt", "a\nb\nc\n")
     builder.wait()
@@ -260,8 +266,7 @@ def killed(tool):
     tool.write("in.txt", "x\n" * 12)
     tool.write("sleep", "1")
     builder = tool.start()
-    while "count" not in tool.runs():
-        time.sleep(0.02)
+    wait_for_count(tool)
     time.sleep(0.4)
     os.killpg(builder.pid, signal.SIGKILL)
     builder.wait()

@@ -19,8 +19,8 @@ use crate::template::{self, Part};
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Run {
-    /// A name that `PATH` knows (`python3`), or an input (`{count.py}`), which must be executable.
-    /// Its bytes are part of the key either way.
+    /// A name that `PATH` knows (`python3`), or an input (`{tool}`). Its bytes are part of the key
+    /// either way.
     pub program: String,
     #[serde(default)]
     pub args: Vec<String>,

@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Seek};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -20,7 +21,7 @@ use step::worker::{Input, Job};
 pub fn run(job: &Job) -> Result<()> {
     let params: Run = job.params()?;
     let places = places(job)?;
-    let program = fill(&params.program, "program", &places)?;
+    let program = executable(fill(&params.program, "program", &places)?)?;
     let mut command = Command::new(&program);
     for (i, word) in params.args.iter().enumerate() {
         command.arg(fill(word, &format!("args[{i}]"), &places)?);
@@ -53,6 +54,17 @@ pub fn run(job: &Job) -> Result<()> {
         _ => "ended badly".into(),
     };
     Err(Failure::input(format!("`{}` {how}{}", params.program, tail(&said))).into())
+}
+
+/// The program, or where it is an input, a copy that may be run: files in the store are not.
+fn executable(program: OsString) -> Result<OsString> {
+    let path = Path::new(&program);
+    let Some(name) = path.file_name().filter(|_| path.is_absolute()) else { return Ok(program) };
+    let copy = std::env::temp_dir().join(name);
+    fs::copy(path, &copy)
+        .and_then(|_| fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)))
+        .with_context(|| format!("cannot copy {} to {}", path.display(), copy.display()))?;
+    Ok(copy.into())
 }
 
 /// Where the program's output goes until it has ended: into memory, where the system can.
@@ -276,6 +288,14 @@ mod tests {
         let made = made(params, &[("a b.txt", "one\n")]).unwrap();
         let expected = [("b", "two\n{hello}\n"), ("deep/a", "one\n")];
         assert_eq!(made, expected.map(|(a, b)| (a.to_string(), b.to_string())).into());
+    }
+
+    #[test]
+    fn a_program_may_be_an_input() {
+        let script = "#!/bin/sh\necho \"$1\" > made\n";
+        let params = json!({"program": "{command-test-tool}", "args": ["it"]});
+        let made = made(params, &[("command-test-tool", script)]).unwrap();
+        assert_eq!(made, [("made".to_string(), "it\n".to_string())].into());
     }
 
     #[test]
