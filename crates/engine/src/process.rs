@@ -118,10 +118,13 @@ pub fn run(
         }
     }
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).process_group(0);
-    if let Some(rules) = rules {
-        // SAFETY: between fork and exec it makes system calls only.
-        unsafe { command.pre_exec(move || sandbox::enter(&rules)) };
-    }
+    let engine = std::process::id();
+    let enter = move || {
+        end_with(engine)?;
+        rules.as_ref().map_or(Ok(()), sandbox::enter)
+    };
+    // SAFETY: between fork and exec it makes system calls only.
+    unsafe { command.pre_exec(enter) };
     let child = command.spawn().map_err(|e| io("cannot start", worker, e))?;
     let mut group = Group::new(child, running);
     let stdout = group.child.stdout.take().expect("standard output is piped");
@@ -177,6 +180,21 @@ pub fn run(
     let last = tail(&stderr, 12);
     Err(Failure::bug(format!("the worker of {} {how}{last}", request.step))
         .hint(format!("its whole output is in {}", stderr_path.display())))
+}
+
+/// From now on this process ends when its parent does, `engine`; it may have done so already.
+fn end_with(engine: u32) -> std::io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        let parent = rustix::process::getppid().map(Pid::as_raw_nonzero);
+        if parent.is_none_or(|parent| parent.get() != engine.cast_signed()) {
+            return Err(std::io::ErrorKind::NotFound.into());
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = engine;
+    Ok(())
 }
 
 /// A worker and all that it started: none of them outlives this value.
