@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Barrier, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use step::{
     Action, ActionKey, ActionResult, BlobDigest, CodeDigest, Failure, Kind, Provenance, Tree,
@@ -450,6 +450,41 @@ fn a_full_disk_and_a_read_only_one_have_their_own_errors() {
         assert!(failure.message.contains("/artifacts/v1/tmp/x"), "{failure}");
         assert!(failure.hint.unwrap().contains(hint), "{code}");
     }
+}
+
+#[test]
+fn after_a_power_cut_what_came_in_last_is_held_to_its_digests() {
+    let sandbox = Sandbox::new();
+    let marks = |store: &Store| fs::read_dir(store.root().join("unsynced")).unwrap().count();
+    let (before, after) = (action("test/before"), action("test/after"));
+    let made = |action: &Action, text: &str| {
+        let result = sandbox.result(action, &[("file", text)]);
+        sandbox.store.actions().record(&result).unwrap();
+        sandbox.store.tree(result.output).unwrap().entries()[0].digest
+    };
+    let old = made(&before, "long there");
+    assert_eq!(marks(&sandbox.store), 1);
+    sandbox.store.settle().unwrap();
+    assert_eq!(marks(&sandbox.store), 0);
+    let hour_ago = SystemTime::now() - Duration::from_secs(3600);
+    let path = sandbox.store.blob_path(old);
+    fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+    File::options().write(true).open(&path).unwrap().set_modified(hour_ago).unwrap();
+    let new = made(&after, "came in last");
+
+    // The cut: files of the last build are not what they were, and the machine is started again.
+    let mark = fs::read_dir(sandbox.store.root().join("unsynced")).unwrap().next().unwrap();
+    fs::write(mark.unwrap().path(), "another boot").unwrap();
+    sandbox.corrupt(new);
+    sandbox.corrupt(old);
+    let Sandbox { dir, store } = sandbox;
+    std::mem::forget(store); // nobody got to tidy up
+
+    let store = Store::open(&dir.path().join("v1")).unwrap();
+    assert!(matches!(store.actions().lookup(after.key()).unwrap(), Lookup::Lost(_)));
+    assert_eq!(marks(&store), 0);
+    // What was on disk before is not read again.
+    assert!(matches!(store.actions().lookup(before.key()).unwrap(), Lookup::Found(_)));
 }
 
 /// A process that is killed while it writes leaves whole blobs or none.
