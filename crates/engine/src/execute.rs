@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, mpsc};
@@ -44,7 +45,7 @@ pub struct Outcome {
     pub built: Vec<Built>,
     /// In the order in which they failed.
     pub failed: Vec<(TargetId, Error)>,
-    /// What hangs on those.
+    /// What was not made because of those.
     pub lost: Vec<TargetId>,
 }
 
@@ -147,7 +148,6 @@ impl Engine {
         let mut schedule = Schedule::new(graph);
         let mut outputs = BTreeMap::new();
         let mut outcome = Outcome::default();
-        let mut lost = BTreeSet::new();
         std::thread::scope(|scope| {
             let (sender, receiver) = mpsc::channel();
             // Stale, and in line for threads: whoever is first in it is started first.
@@ -168,7 +168,6 @@ impl Engine {
                             line.push_back((place, *ready, stale, threads));
                         }
                         Err(error) => {
-                            lost.extend(schedule.lost_with(place));
                             outcome.fail(node, error, self.running.is_stopped(), &tell);
                         }
                     }
@@ -189,7 +188,11 @@ impl Engine {
                     }
                     scope.spawn(move || {
                         let mut on = |event: Event<'_>| tell(event);
-                        let made = self.make(node, &ready, &stale, threads, &inputs, &mut on);
+                        let make = || self.make(node, &ready, &stale, threads, &inputs, &mut on);
+                        let made = catch_unwind(AssertUnwindSafe(make)).unwrap_or_else(|_| {
+                            let message = format!("{}: a panic, with its message above", node.id);
+                            Err(Failure::bug(message).into())
+                        });
                         // The receiver lives as long as anything runs.
                         let _ = sender.send((place, threads, made));
                     });
@@ -208,7 +211,6 @@ impl Engine {
                         schedule.made(place);
                     }
                     Err(error) => {
-                        lost.extend(schedule.lost_with(place));
                         outcome.fail(node, error, self.running.is_stopped(), &tell);
                     }
                 }
@@ -220,7 +222,10 @@ impl Engine {
         if outcome.failed.is_empty() && !options.words.is_empty() {
             self.remember_fresh(&options.words, graph, &outcome.built, self.opened);
         }
-        outcome.lost = lost.into_iter().map(|place| graph.nodes[place].id.clone()).collect();
+        let failed = outcome.failed.iter().map(|(id, _)| id);
+        let done: BTreeSet<_> = outcome.built.iter().map(|b| &b.id).chain(failed).collect();
+        let ids = graph.nodes.iter().map(|node| &node.id);
+        outcome.lost = ids.filter(|id| !done.contains(id)).cloned().collect();
         Ok(outcome)
     }
 

@@ -52,14 +52,4 @@ impl Schedule {
             }
         }
     }
-
-    /// What can no longer be made, since this one is not: all that hangs on it.
-    pub fn lost_with(&self, place: usize) -> BTreeSet<usize> {
-        let mut lost = BTreeSet::new();
-        let mut open = vec![place];
-        while let Some(place) = open.pop() {
-            open.extend(self.users[place].iter().filter(|user| lost.insert(**user)));
-        }
-        lost
-    }
 }
