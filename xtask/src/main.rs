@@ -19,6 +19,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    signals::end_with_the_reader();
     let cli = match cli::Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

@@ -1,4 +1,4 @@
-//! Ctrl-C: workers end, and the build says what is kept.
+//! Ctrl-C: workers end, and the build says what is kept. A pipe that nobody reads any more.
 
 use std::sync::Arc;
 
@@ -20,4 +20,10 @@ pub fn stop(running: Arc<Running>) -> Result<(), Failure> {
         }
     });
     Ok(())
+}
+
+/// `cargo xtask plan | head` is no failed print: we end with whoever read us, as programs do.
+pub fn end_with_the_reader() {
+    // SAFETY: no thread runs yet, and no handler is set.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
