@@ -68,7 +68,7 @@ class Tool:
         return log.read_text().split() if log.exists() else []
 
     def output(self):
-        out = self.path("out.txt")
+        out = self.output_file()
         return out.read_text().strip() if out.exists() else None
 
     def output_file(self):
@@ -202,10 +202,6 @@ inputs  = ["../step.sh", "%s"]
 
     def output_file(self):
         return self.dir / "artifacts/p/copy/out.txt"
-
-    def output(self):
-        out = self.output_file()
-        return out.read_text().strip() if out.exists() else None
 
 
 def settle():

@@ -124,7 +124,7 @@ impl Bench {
         let peers: Vec<(&'static str, Vec<&str>)> =
             [("ninja", vec!["ninja", "--quiet"]), ("make", vec!["make", "--silent", "-j2"])]
                 .into_iter()
-                .filter(|(name, _)| on_path(name))
+                .filter(|(name, _)| engine::tools::on_path(name).is_some())
                 .collect();
         let of = |peer: &[&str]| {
             let mut command = Command::new(peer[0]);
@@ -269,11 +269,6 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 fn time(seconds: f64) -> String {
     if seconds < 1.0 { format!("{:.1} ms", seconds * 1e3) } else { display::seconds(seconds) }
-}
-
-fn on_path(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
 }
 
 fn write_leaf(dir: &Path, i: usize, text: &str) -> std::io::Result<()> {

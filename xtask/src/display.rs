@@ -155,15 +155,11 @@ impl Display {
                 figures(&result.metrics),
             ]);
         }
-        let none = || [(); 4].map(|()| String::new());
-        for (id, _) in failed {
-            let [a, b, c, d] = none();
-            let state = if engine.running().is_stopped() { "stopped" } else { "FAILED" };
-            table.row([id.to_string(), state.into(), a, b, c, d]);
-        }
-        for id in lost {
-            let [a, b, c, d] = none();
-            table.row([id.to_string(), "not made".into(), a, b, c, d]);
+        let stopped = engine.running().is_stopped();
+        let failures =
+            failed.iter().map(|(id, _)| (id, if stopped { "stopped" } else { "FAILED" }));
+        for (id, state) in failures.chain(lost.iter().map(|id| (id, "not made"))) {
+            table.row([id.to_string().as_str(), state, "", "", "", ""].map(String::from));
         }
         print!("{table}");
         if !failed.is_empty() {

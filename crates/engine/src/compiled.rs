@@ -3,14 +3,13 @@
 //! cargo knows that too, but takes a tenth of a second to say so.
 
 use std::collections::BTreeMap;
-use std::fs::Metadata;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use step::CodeDigest;
 
 use crate::execute::write_atomic;
+use crate::stamp::Stamp;
 
 /// What a worker was compiled from, and the file that came out.
 #[derive(Debug, Serialize, Deserialize)]
@@ -22,8 +21,7 @@ pub(crate) struct Compiled {
     /// What cargo was told by whoever called us.
     flags: BTreeMap<String, String>,
     path: PathBuf,
-    /// Device, inode, size, mtime and ctime.
-    stamp: [i64; 7],
+    stamp: Option<Stamp>,
 }
 
 /// The variables that change what cargo makes, or where.
@@ -37,8 +35,7 @@ const FLAGS: [&str; 5] = [
 
 impl Compiled {
     pub fn new(path: &Path, code: CodeDigest, env: BTreeMap<String, String>) -> Self {
-        let stamp = path.metadata().map_or([0; 7], |m| stamp(&m));
-        Self { code, env, flags: flags(), path: path.into(), stamp }
+        Self { code, env, flags: flags(), path: path.into(), stamp: Stamp::of(path) }
     }
 
     /// The worker that `record` tells of, if it would come out the same.
@@ -48,7 +45,7 @@ impl Compiled {
         env: &BTreeMap<String, String>,
     ) -> Option<PathBuf> {
         let known: Self = serde_json::from_slice(&std::fs::read(record).ok()?).ok()?;
-        let now = stamp(&known.path.metadata().ok()?);
+        let now = Some(Stamp::of(&known.path)?);
         let same = known.code == code && known.env == *env && known.flags == flags();
         (same && known.stamp == now).then_some(known.path)
     }
@@ -65,7 +62,25 @@ fn flags() -> BTreeMap<String, String> {
     set.collect()
 }
 
-fn stamp(m: &Metadata) -> [i64; 7] {
-    let (mtime, ctime) = ([m.mtime(), m.mtime_nsec()], [m.ctime(), m.ctime_nsec()]);
-    [m.dev() as i64, m.ino() as i64, m.len() as i64, mtime[0], mtime[1], ctime[0], ctime[1]]
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_is_run_again_if_nothing_of_it_has_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (worker, record) = (dir.path().join("worker"), dir.path().join("workers/w.json"));
+        std::fs::write(&worker, "1").unwrap();
+        let env = BTreeMap::from([("LIBTORCH".to_string(), "/a".to_string())]);
+        let code = CodeDigest::of(b"code");
+        assert_eq!(Compiled::still(&record, code, &env), None);
+        Compiled::new(&worker, code, env.clone()).write(&record);
+        assert_eq!(Compiled::still(&record, code, &env), Some(worker.clone()));
+        assert_eq!(Compiled::still(&record, CodeDigest::of(b"other"), &env), None);
+        assert_eq!(Compiled::still(&record, code, &BTreeMap::new()), None);
+        std::fs::write(&worker, "22").unwrap();
+        assert_eq!(Compiled::still(&record, code, &env), None);
+        std::fs::remove_file(&worker).unwrap();
+        assert_eq!(Compiled::still(&record, code, &env), None);
+    }
 }

@@ -68,6 +68,14 @@ impl Outcome {
     }
 }
 
+/// A stale target in line for threads, by its place in the graph.
+struct Waiting {
+    place: usize,
+    ready: Ready,
+    stale: Stale,
+    threads: usize,
+}
+
 enum Looked {
     Found(Built),
     Stale(Box<Ready>, Stale),
@@ -117,7 +125,7 @@ impl Engine {
         last: Option<&ActionResult>,
     ) -> Result<(Status, Option<Ready>), Error> {
         let waits: Vec<TargetId> =
-            targets_of(node).filter(|id| !outputs.contains_key(id)).cloned().collect();
+            node.targets().filter(|id| !outputs.contains_key(id)).cloned().collect();
         if !waits.is_empty() {
             return Ok((Status::Stale(Stale::Waits(waits)), None));
         }
@@ -151,7 +159,7 @@ impl Engine {
         std::thread::scope(|scope| {
             let (sender, receiver) = mpsc::channel();
             // Stale, and in line for threads: whoever is first in it is started first.
-            let mut line: VecDeque<(usize, Ready, Stale, usize)> = VecDeque::new();
+            let mut line: VecDeque<Waiting> = VecDeque::new();
             let (mut running, mut busy) = (0, 0);
             loop {
                 let going_on = outcome.failed.is_empty() || options.keep_going;
@@ -165,7 +173,7 @@ impl Engine {
                             schedule.made(place);
                         }
                         Ok(Looked::Stale(ready, stale)) => {
-                            line.push_back((place, *ready, stale, threads));
+                            line.push_back(Waiting { place, ready: *ready, stale, threads });
                         }
                         Err(error) => {
                             outcome.fail(node, error, self.running.is_stopped(), &tell);
@@ -175,8 +183,8 @@ impl Engine {
                 if !going_on {
                     line.clear();
                 }
-                while line.front().is_some_and(|next| busy + next.3 <= total) {
-                    let (place, ready, stale, threads) = line.pop_front().expect("there is one");
+                while let Some(next) = line.pop_front_if(|next| busy + next.threads <= total) {
+                    let Waiting { place, ready, stale, threads } = next;
                     let node = &graph.nodes[place];
                     let inputs = self.inputs_of(node, &outputs);
                     let (sender, tell) = (sender.clone(), &tell);
@@ -268,7 +276,7 @@ impl Engine {
         node: &Node,
         outputs: &BTreeMap<TargetId, TreeDigest>,
     ) -> BTreeMap<TargetId, TreeDigest> {
-        targets_of(node).map(|id| (id.clone(), outputs[id])).collect()
+        node.targets().map(|id| (id.clone(), outputs[id])).collect()
     }
 
     /// Makes one target, `stale` says why.
@@ -402,7 +410,7 @@ impl Engine {
             allowed.read.extend(folder);
         }
         for name in (node.def.programs)(&node.params) {
-            program_on_path(&name).iter().for_each(|path| allowed.program(path));
+            tools::on_path(&name).iter().for_each(|path| allowed.program(path));
         }
         allowed.write.extend([attempt.to_path_buf(), request.scratch.clone()]);
         sandbox::rules(&allowed)
@@ -525,7 +533,7 @@ impl Engine {
         if let Some(digest) = known.get(name) {
             return Ok(digest.clone());
         }
-        let digest = match program_on_path(name) {
+        let digest = match tools::on_path(name) {
             Some(path) => self.store.hash_path(&path)?.digest().to_string(),
             None => "not found".into(),
         };
@@ -595,7 +603,7 @@ impl Engine {
         if node.unlocked {
             return Some(Blocked::NotLocked(node.id.clone()));
         }
-        targets_of(node).find(|id| stuck.contains(id)).cloned().map(Blocked::On)
+        node.targets().find(|id| stuck.contains(id)).cloned().map(Blocked::On)
     }
 
     /// The family's worker, compiled if need be.
@@ -664,7 +672,7 @@ impl Engine {
         let partial = self.store.root().join("tmp").join(format!("tree-{}", unique()));
         let laid_out = self.store.materialise(&self.store.tree(tree)?, &partial, true);
         let done = laid_out.map_err(Error::from).and_then(|()| Ok(rename(&partial, &path)?));
-        if done.is_err() || partial.exists() {
+        if partial.exists() {
             let _ = remove(&partial);
         }
         done.map(|()| path)
@@ -699,18 +707,6 @@ impl Engine {
         held(&self.code).iter().for_each(code::CodeBase::save);
         self.store.save_stat_cache();
     }
-}
-
-fn program_on_path(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file())
-}
-
-fn targets_of(node: &Node) -> impl Iterator<Item = &TargetId> {
-    node.inputs.iter().filter_map(|input| match &input.from {
-        Origin::Target(id) => Some(id),
-        Origin::Path { .. } => None,
-    })
 }
 
 fn moved(node: &Node, input: &Input) -> Failure {

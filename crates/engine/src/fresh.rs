@@ -9,7 +9,6 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -19,6 +18,7 @@ use step::{ActionKey, BlobDigest, TreeDigest};
 
 use crate::execute::Built;
 use crate::resolve::{Graph, Node, Origin};
+use crate::stamp::Stamp;
 use crate::target::TargetId;
 use crate::{Engine, held};
 
@@ -26,10 +26,10 @@ use crate::{Engine, held};
 const FORMAT: u32 = 1;
 const AT_REST: Duration = Duration::from_secs(2);
 /// Overrides of tools: whoever sets one may change what lies behind it in ways not watched here.
-const OVERRIDES: [&str; 2] = ["LIBTORCH", "ORT_DYLIB_PATH"];
+const OVERRIDES: [(&str, &str); 2] = [("libtorch", "LIBTORCH"), ("onnxruntime", "ORT_DYLIB_PATH")];
 
-/// A path, and what it was: device, inode, size, mtime and ctime in nanoseconds; `None` if absent.
-type Seen = (PathBuf, Option<[i64; 5]>);
+/// A path, and what it was; `None` if absent.
+type Seen = (PathBuf, Option<Stamp>);
 
 /// One set of targets as it was found made.
 #[derive(Debug, Serialize, Deserialize)]
@@ -38,6 +38,8 @@ pub(crate) struct Fresh {
     /// `PATH`, which finds programs.
     path: String,
     processor: Option<String>,
+    /// The tools of the steps.
+    tools: BTreeSet<String>,
     /// What every target hangs on: the program, the code, the recipes.
     all: Vec<Seen>,
     targets: HashMap<TargetId, Target>,
@@ -88,7 +90,7 @@ impl Engine {
         let same = fresh.format == FORMAT
             && fresh.path == path_variable()
             && fresh.processor == crate::execute::processor()
-            && OVERRIDES.iter().all(|name| std::env::var_os(name).is_none());
+            && !overridden(&fresh.tools);
         (same && fresh.all.iter().all(rests)).then_some(fresh)
     }
 
@@ -100,9 +102,10 @@ impl Engine {
         built: &[Built],
         began: SystemTime,
     ) {
-        let overridden = OVERRIDES.iter().any(|name| std::env::var_os(name).is_some());
+        let tools = graph.nodes.iter().flat_map(|node| node.def.tools);
+        let tools: BTreeSet<String> = tools.map(ToString::to_string).collect();
         // What was made just now is not at rest.
-        if overridden || built.len() < graph.nodes.len() || built.iter().any(|b| b.ran) {
+        if overridden(&tools) || built.len() < graph.nodes.len() || built.iter().any(|b| b.ran) {
             return;
         }
         let outputs: BTreeMap<&TargetId, TreeDigest> =
@@ -110,10 +113,7 @@ impl Engine {
         let mut targets = HashMap::new();
         for (node, built) in graph.nodes.iter().zip(built) {
             let Some(paths) = self.paths_of(node, built) else { return };
-            let made_from = node.inputs.iter().filter_map(|input| match &input.from {
-                Origin::Target(id) => Some((id.clone(), outputs[id])),
-                Origin::Path { .. } => None,
-            });
+            let made_from = node.targets().map(|id| (id.clone(), outputs[id]));
             let target = Target {
                 rests: OnceLock::new(),
                 key: built.key,
@@ -128,12 +128,13 @@ impl Engine {
             format: FORMAT,
             path: path_variable(),
             processor: crate::execute::processor(),
+            tools,
             all,
             targets,
         };
         let latest = nanoseconds(began - AT_REST);
         let seen = fresh.targets.values().flat_map(|t| &t.seen).chain(&fresh.all);
-        if seen.filter_map(|(_, stamp)| stamp.as_ref()).any(|stamp| stamp[4] > latest) {
+        if seen.filter_map(|(_, stamp)| stamp.as_ref()).any(|stamp| stamp.ctime() > latest) {
             return;
         }
         let path = self.fresh_path(words);
@@ -234,24 +235,22 @@ fn below(
 }
 
 fn see(path: PathBuf) -> Seen {
-    let stamp = stamp(&path);
+    let stamp = Stamp::of(&path);
     (path, stamp)
 }
 
 fn rests((path, then): &Seen) -> bool {
-    stamp(path) == *then
-}
-
-fn stamp(path: &Path) -> Option<[i64; 5]> {
-    let m = fs::metadata(path).ok()?;
-    let time = |s: i64, ns: i64| s.wrapping_mul(1_000_000_000).wrapping_add(ns);
-    let (mtime, ctime) = (time(m.mtime(), m.mtime_nsec()), time(m.ctime(), m.ctime_nsec()));
-    Some([m.dev() as i64, m.ino() as i64, m.len() as i64, mtime, ctime])
+    Stamp::of(path) == *then
 }
 
 fn nanoseconds(time: SystemTime) -> i64 {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
+
+fn overridden(tools: &BTreeSet<String>) -> bool {
+    let set = |&(_, variable): &(&str, &str)| std::env::var_os(variable).is_some();
+    OVERRIDES.iter().filter(|(tool, _)| tools.contains(*tool)).any(set)
 }
 
 fn path_variable() -> String {

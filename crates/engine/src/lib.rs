@@ -16,6 +16,7 @@ mod process;
 pub mod resolve;
 pub mod sandbox;
 mod schedule;
+mod stamp;
 mod target;
 pub mod tools;
 pub mod verify;

@@ -49,6 +49,16 @@ pub struct Node {
     pub unlocked: bool,
 }
 
+impl Node {
+    /// The targets that it takes as inputs.
+    pub fn targets(&self) -> impl Iterator<Item = &TargetId> {
+        self.inputs.iter().filter_map(|input| match &input.from {
+            Origin::Target(id) => Some(id),
+            Origin::Path { .. } => None,
+        })
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Input {
     /// The step's name for it: `models`.

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use crate::resolve::{Graph, Origin};
+use crate::resolve::Graph;
 
 /// The targets of a graph that are not made yet, by their place in it.
 #[derive(Debug)]
@@ -23,16 +23,10 @@ impl Schedule {
         let mut waits_for = vec![0; graph.nodes.len()];
         let mut users = vec![Vec::new(); graph.nodes.len()];
         for (place, node) in graph.nodes.iter().enumerate() {
-            let inputs: BTreeSet<usize> = node
-                .inputs
-                .iter()
-                .filter_map(|input| match &input.from {
-                    Origin::Target(id) => places.get(id).copied(),
-                    Origin::Path { .. } => None,
-                })
-                .collect();
+            let inputs: BTreeSet<usize> =
+                node.targets().filter_map(|id| places.get(id).copied()).collect();
             waits_for[place] = inputs.len();
-            inputs.into_iter().for_each(|input: usize| users[input].push(place));
+            inputs.into_iter().for_each(|input| users[input].push(place));
         }
         let ready = (0..waits_for.len()).filter(|place| waits_for[*place] == 0).collect();
         Self { waits_for, users, ready }

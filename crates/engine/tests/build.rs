@@ -76,11 +76,7 @@ fn an_input_that_changes_while_the_step_runs_is_not_cached() {
 fn a_lost_or_corrupt_file_is_made_again() {
     let w = Workspace::new(RECIPE);
     w.build("r").unwrap();
-    let engine = w.engine();
-    let count = engine.last(&engine::TargetId::new("r", "count")).unwrap();
-    let blob = engine.store().tree(count.output).unwrap().entries()[0].digest;
-    let path = engine.store().blob_path(blob);
-    drop(engine);
+    let (blob, path) = w.blob_of("count");
 
     std::fs::remove_file(&path).unwrap();
     assert!(matches!(w.status("r")["count"], Status::Stale(Stale::Lost(_))));

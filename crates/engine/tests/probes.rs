@@ -80,11 +80,7 @@ fn a_link_counts_as_what_it_leads_to() {
 fn an_altered_blob_is_never_laid_out() {
     let w = Workspace::new(RECIPE);
     w.build("r").unwrap();
-    let engine = w.engine();
-    let count = engine.last(&engine::TargetId::new("r", "count")).unwrap();
-    let blob = engine.store().tree(count.output).unwrap().entries()[0].digest;
-    let path = engine.store().blob_path(blob);
-    drop(engine);
+    let (_, path) = w.blob_of("count");
     // Another inode, as a disk's damage has no writer; the same size and times.
     let time = path.metadata().unwrap().modified().unwrap();
     std::fs::remove_file(&path).unwrap();
@@ -253,11 +249,6 @@ fn what_is_remembered_as_made_is_forgotten_with_any_change() {
         assert_eq!(remembered(), Some(1));
     };
     settle();
-    let blob = || {
-        let engine = w.engine();
-        let last = engine.last(&engine::TargetId::new("r", "a")).unwrap();
-        engine.store().blob_path(engine.store().tree(last.output).unwrap().entries()[0].digest)
-    };
     let changes: [(&str, &dyn Fn()); 6] = [
         ("an input", &|| w.write("recipes/in/rows.txt", "y")),
         ("a new input", &|| w.write("recipes/in/more.txt", "z")),
@@ -265,7 +256,7 @@ fn what_is_remembered_as_made_is_forgotten_with_any_change() {
             w.write("recipes/r.toml", "[a]\nstep = \"demo/lines\"\ntext = \"./in\"\n")
         }),
         ("the code", &|| w.write("crates/demo/src/lib.rs", "fn f() -> u8 { 3 }\n")),
-        ("a blob", &|| std::fs::remove_file(blob()).unwrap()),
+        ("a blob", &|| std::fs::remove_file(w.blob_of("a").1).unwrap()),
         ("the link", &|| std::fs::remove_file(w.path("artifacts/r/a")).unwrap()),
     ];
     for (what, change) in changes {

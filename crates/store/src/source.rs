@@ -74,12 +74,8 @@ impl Store {
             }
             Ok(done)
         };
-        // A thread costs more than a few small files.
-        const FILES_A_THREAD: usize = 4;
         let threads = thread::available_parallelism().map_or(1, |n| n.get());
-        let large = unknown.iter().any(|i| files[*i].1.metadata().is_ok_and(|m| m.len() > 1 << 20));
-        let useful = if large { unknown.len() } else { unknown.len() / FILES_A_THREAD };
-        let more = threads.min(useful).saturating_sub(1);
+        let more = threads.min(unknown.len()).saturating_sub(1);
         let done = thread::scope(|scope| {
             let others: Vec<_> = (0..more).map(|_| scope.spawn(work)).collect();
             let mut done = vec![work()];

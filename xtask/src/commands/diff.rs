@@ -11,6 +11,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::json;
 use step::{ActionResult, Failure, Tree};
 
+use super::show;
 use crate::display::{self, Table};
 
 pub fn run(engine: &Engine, a: &str, b: Option<&str>, json: bool) -> anyhow::Result<()> {
@@ -83,10 +84,7 @@ fn find(engine: &Engine, word: &str) -> anyhow::Result<(String, ActionResult)> {
         };
     }
     let id = one_target(engine, word)?;
-    let result = engine.last(&id).ok_or_else(|| {
-        Failure::input(format!("{id} was never built"))
-            .hint(format!("run `cargo xtask build {id}`"))
-    })?;
+    let result = show::built(engine, &id)?;
     Ok((id.to_string(), result))
 }
 

@@ -2,7 +2,7 @@
 
 use engine::{Engine, TargetId};
 use serde_json::json;
-use step::Failure;
+use step::{ActionResult, Failure};
 
 use crate::display::{self, Table};
 
@@ -14,12 +14,16 @@ pub fn run(engine: &Engine, target: &str, log: bool, json: bool) -> anyhow::Resu
     Ok(())
 }
 
-fn one(engine: &Engine, id: &TargetId, log: bool, json: bool) -> anyhow::Result<()> {
-    let Some(result) = engine.last(id) else {
-        return Err(Failure::input(format!("{id} was never built"))
+/// What a target stands for now.
+pub fn built(engine: &Engine, id: &TargetId) -> Result<ActionResult, Failure> {
+    engine.last(id).ok_or_else(|| {
+        Failure::input(format!("{id} was never built"))
             .hint(format!("run `cargo xtask build {id}`"))
-            .into());
-    };
+    })
+}
+
+fn one(engine: &Engine, id: &TargetId, log: bool, json: bool) -> anyhow::Result<()> {
+    let result = built(engine, id)?;
     let tree = engine.store().tree(result.output)?;
     if json {
         println!("{}", json!({"target": id, "result": result, "files": tree}));

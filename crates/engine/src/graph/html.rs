@@ -30,8 +30,7 @@ pub fn page(graph: &Graph, plan: &Plan) -> String {
     let mut cards = String::new();
     for (node, place) in graph.nodes.iter().zip(&places) {
         let (x, y) = corner(*place);
-        for input in &node.inputs {
-            let Origin::Target(id) = &input.from else { continue };
+        for id in node.targets() {
             let Some(from) = place_of.get(id) else { continue };
             let (from_x, from_y) = corner(**from);
             let (x1, y1) = (from_x + WIDTH, from_y + HEIGHT / 2);
@@ -107,13 +106,7 @@ fn places(graph: &Graph) -> Vec<(usize, usize)> {
     let inputs: Vec<Vec<usize>> = graph
         .nodes
         .iter()
-        .map(|node| {
-            let ids = node.inputs.iter().filter_map(|input| match &input.from {
-                Origin::Target(id) => index.get(id).copied(),
-                Origin::Path { .. } => None,
-            });
-            ids.collect()
-        })
+        .map(|node| node.targets().filter_map(|id| index.get(id).copied()).collect())
         .collect();
     let mut column = vec![0; graph.nodes.len()];
     for place in 0..graph.nodes.len() {

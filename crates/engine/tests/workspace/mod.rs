@@ -5,10 +5,10 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use engine::{Engine, Event, Graph, Options, Outcome, Registry, Status, Workers};
+use engine::{Engine, Event, Graph, Options, Outcome, Registry, Status, TargetId, Workers};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use step::{Family, InputDef, Kind, Step, StepDef};
+use step::{BlobDigest, Family, InputDef, Kind, Step, StepDef};
 
 macro_rules! demo_step {
     ($type:ident, $name:literal, $threads:expr) => {
@@ -101,6 +101,14 @@ impl Workspace {
     pub fn engine(&self) -> Engine {
         let worker = PathBuf::from(env!("CARGO_BIN_EXE_engine-test-worker"));
         Engine::open(&self.path(""), REGISTRY).unwrap().with_workers(Workers::Fixed(worker))
+    }
+
+    /// The first file that was made as this target of `r`, and where the store keeps it.
+    pub fn blob_of(&self, target: &str) -> (BlobDigest, PathBuf) {
+        let engine = self.engine();
+        let last = engine.last(&TargetId::new("r", target)).unwrap();
+        let blob = engine.store().tree(last.output).unwrap().entries()[0].digest;
+        (blob, engine.store().blob_path(blob))
     }
 
     /// All of `target` and what it needs.
