@@ -3,12 +3,13 @@
 //! A result is recorded once all its bytes are in the store and its inputs are what they were
 //! before it ran. Killed at any moment, the store holds finished results only.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, mpsc};
+use std::sync::{Mutex, MutexGuard, OnceLock, mpsc};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use step::worker::{self, Mode, Request};
@@ -74,6 +75,33 @@ struct Waiting {
     ready: Ready,
     stale: Stale,
     threads: usize,
+}
+
+/// What the thread of a step sends.
+enum Sent {
+    /// Its worker has done its part: others may have so many threads.
+    Freed(usize),
+    /// The step at this place has ended, and holds so many threads no longer.
+    Ended(usize, Result<Built, Error>, usize),
+}
+
+/// The threads that a step's worker holds.
+pub(crate) struct Slot {
+    held: Cell<usize>,
+    freed: Option<mpsc::Sender<Sent>>,
+}
+
+impl Slot {
+    /// All threads, with nobody beside.
+    pub fn alone() -> Self {
+        Self { held: Cell::new(threads_here()), freed: None }
+    }
+
+    fn free(&self) {
+        let threads = self.held.take();
+        // The receiver lives as long as anything runs.
+        self.freed.iter().for_each(|freed| _ = freed.send(Sent::Freed(threads)));
+    }
 }
 
 enum Looked {
@@ -188,6 +216,7 @@ impl Engine {
                     let node = &graph.nodes[place];
                     let inputs = self.inputs_of(node, &outputs);
                     let (sender, tell) = (sender.clone(), &tell);
+                    let slot = Slot { held: Cell::new(threads), freed: Some(sender.clone()) };
                     running += 1;
                     busy += threads;
                     if self.commit.get().is_none() {
@@ -196,21 +225,28 @@ impl Engine {
                     }
                     scope.spawn(move || {
                         let mut on = |event: Event<'_>| tell(event);
-                        let make = || self.make(node, &ready, &stale, threads, &inputs, &mut on);
+                        let make = || self.make(node, &ready, &stale, &slot, &inputs, &mut on);
                         let made = catch_unwind(AssertUnwindSafe(make)).unwrap_or_else(|_| {
                             let message = format!("{}: a panic, with its message above", node.id);
                             Err(Failure::bug(message).into())
                         });
-                        // The receiver lives as long as anything runs.
-                        let _ = sender.send((place, threads, made));
+                        let _ = sender.send(Sent::Ended(place, made, slot.held.get()));
                     });
                 }
                 if running == 0 {
                     break;
                 }
-                let (place, threads, made) = receiver.recv().expect("a sender is kept");
+                let (place, made) = match receiver.recv().expect("a sender is kept") {
+                    Sent::Freed(threads) => {
+                        busy -= threads;
+                        continue;
+                    }
+                    Sent::Ended(place, made, threads) => {
+                        busy -= threads;
+                        (place, made)
+                    }
+                };
                 running -= 1;
-                busy -= threads;
                 let node = &graph.nodes[place];
                 match made {
                     Ok(built) => {
@@ -285,7 +321,7 @@ impl Engine {
         node: &Node,
         ready: &Ready,
         stale: &Stale,
-        threads: usize,
+        slot: &Slot,
         outputs: &BTreeMap<TargetId, TreeDigest>,
         on: &mut dyn FnMut(Event),
     ) -> Result<Built, Error> {
@@ -299,7 +335,7 @@ impl Engine {
         }
         let worker = self.worker(node, on)?;
         on(Event::Started { target, key: ready.key, reason: stale });
-        let result = self.run(node, ready, &worker, threads, outputs, on)?;
+        let result = self.run(node, ready, &worker, slot, outputs, on)?;
         let result = self.store.actions().record(&result)?;
         self.store.clear_scratch(ready.key)?;
         self.point(target, &result)?;
@@ -326,14 +362,14 @@ impl Engine {
         node: &Node,
         ready: &Ready,
         worker: &Path,
-        threads: usize,
+        slot: &Slot,
         outputs: &BTreeMap<TargetId, TreeDigest>,
         on: &mut dyn FnMut(Event),
     ) -> Result<ActionResult, Error> {
         let target = &node.id;
         let attempt = self.store.attempt(&target.to_string())?;
         let mut request = self.request(node, ready, attempt.path(), outputs, Mode::Build, on)?;
-        request.threads = threads;
+        request.threads = slot.held.get();
         let started = SystemTime::now();
         let clock = Instant::now();
         let rules = self.rules(node, worker, &request, attempt.path())?;
@@ -349,6 +385,8 @@ impl Engine {
                 ..failure
             })?;
         let wall_seconds = clock.elapsed().as_secs_f64();
+        // Whoever runs next need not wait until the output is in the store.
+        slot.free();
         self.unchanged(node, ready)?;
 
         let output = self.store.ingest(&request.out)?.digest();
@@ -745,8 +783,10 @@ pub(crate) fn processor() -> Option<String> {
     Some(model.trim_start_matches([' ', '\t', ':']).to_string())
 }
 
+/// How many threads this process may use at once. The answer takes a dozen files to find out.
 pub(crate) fn threads_here() -> usize {
-    std::thread::available_parallelism().map_or(1, |n| n.get())
+    static KNOWN: OnceLock<usize> = OnceLock::new();
+    *KNOWN.get_or_init(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
 }
 
 /// The commit of the workspace and whether it was changed since.

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -14,9 +14,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use step::Failure;
-use step::worker::{Event, Progress, Request};
+use step::worker::{self, Event, Progress, Request};
 
-use crate::{held, sandbox};
+use crate::held;
 
 /// The variables a worker sees, where they are set: what finds programs and the network, and what
 /// picks an accelerator. Everything else is left out, so that it cannot take part in a result.
@@ -88,9 +88,10 @@ impl Running {
     }
 }
 
-/// Runs `worker` on `request` in `dir`, which must exist and be empty of `request.json`.
+/// Runs the worker `program` on `request` in `dir`, which must exist and be empty of `request.json`. Temporary
+/// files go there too.
 pub fn run(
-    worker: &Path,
+    program: &Path,
     request: &Request,
     dir: &Path,
     running: &Running,
@@ -98,41 +99,38 @@ pub fn run(
     on: &mut dyn FnMut(Said),
 ) -> Result<Outcome, Failure> {
     let request_path = dir.join("request.json");
-    let stderr_path = dir.join("stderr.log");
-    let tmp = dir.join("tmp");
     let io = |what: &str, path: &Path, e: std::io::Error| {
         Failure::from_anyhow(&anyhow::Error::new(e).context(format!("{what} {}", path.display())))
     };
-    std::fs::create_dir_all(&tmp).map_err(|e| io("cannot create", &tmp, e))?;
     let text = serde_json::to_vec_pretty(request).expect("requests serialise to JSON");
     File::create(&request_path)
         .and_then(|mut f| f.write_all(&text))
         .map_err(|e| io("cannot write", &request_path, e))?;
-    let stderr = File::create(&stderr_path).map_err(|e| io("cannot write", &stderr_path, e))?;
+    let mut stderr = memory(dir).map_err(|e| io("cannot write in", dir, e))?;
 
-    let mut command = Command::new(worker);
-    command.arg(&request_path).current_dir(dir).env_clear().env("TMPDIR", &tmp);
+    let mut command = Command::new(program);
+    command.arg(&request_path).current_dir(dir).env_clear().env("TMPDIR", dir);
     for name in ENVIRONMENT {
         if let Some(value) = std::env::var_os(name) {
             command.env(name, value);
         }
     }
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).process_group(0);
-    let engine = std::process::id();
-    let enter = move || {
-        end_with(engine)?;
-        rules.as_ref().map_or(Ok(()), sandbox::enter)
+    let end = stderr.try_clone().map_err(|e| io("cannot start", program, e))?;
+    command.args([worker::ENGINE, &std::process::id().to_string()]);
+    match rules {
+        Some(rules) => command.arg(worker::CONFINED).stdin(rules),
+        None => command.stdin(Stdio::null()),
     };
-    // SAFETY: between fork and exec it makes system calls only.
-    unsafe { command.pre_exec(enter) };
-    let child = command.spawn().map_err(|e| io("cannot start", worker, e))?;
+    // Nothing is done between fork and exec, so that the system need not copy this process.
+    command.stdout(Stdio::piped()).stderr(end).process_group(0);
+    let child = command.spawn().map_err(|e| io("cannot start", program, e))?;
     let mut group = Group::new(child, running);
     let stdout = group.child.stdout.take().expect("standard output is piped");
 
     let mut outcome = Outcome::default();
     let mut failure = None;
     for line in BufReader::new(stdout).split(b'\n') {
-        let line = line.map_err(|e| io("cannot read the events of", worker, e))?;
+        let line = line.map_err(|e| io("cannot read the events of", program, e))?;
         match serde_json::from_slice::<Event>(&line) {
             Ok(Event::Progress(progress)) => on(Said::Progress(&progress)),
             Ok(Event::Metric { name, value }) => {
@@ -158,9 +156,10 @@ pub fn run(
             }
         }
     }
-    let status = group.child.wait().map_err(|e| io("cannot wait for", worker, e))?;
-    let stderr = std::fs::read(&stderr_path).unwrap_or_default();
-    outcome.log.extend_from_slice(&stderr);
+    let status = group.child.wait().map_err(|e| io("cannot wait for", program, e))?;
+    let mut said = Vec::new();
+    let _ = stderr.rewind().and_then(|()| stderr.read_to_end(&mut said));
+    outcome.log.extend_from_slice(&said);
 
     if running.is_stopped() {
         return Err(Failure::environment("stopped"));
@@ -177,24 +176,17 @@ pub fn run(
         (Some(code), _) => format!("ended with exit code {code}"),
         _ => "ended badly".to_string(),
     };
-    let last = tail(&stderr, 12);
-    Err(Failure::bug(format!("the worker of {} {how}{last}", request.step))
-        .hint(format!("its whole output is in {}", stderr_path.display())))
+    let last = tail(&outcome.log, 40);
+    Err(Failure::bug(format!("the worker of {} {how}{last}", request.step)))
 }
 
-/// From now on this process ends when its parent does, `engine`; it may have done so already.
-fn end_with(engine: u32) -> std::io::Result<()> {
+/// A place for what a worker says: in memory, where the system can.
+fn memory(dir: &Path) -> std::io::Result<File> {
     #[cfg(target_os = "linux")]
-    {
-        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
-        let parent = rustix::process::getppid().map(Pid::as_raw_nonzero);
-        if parent.is_none_or(|parent| parent.get() != engine.cast_signed()) {
-            return Err(std::io::ErrorKind::NotFound.into());
-        }
-    }
+    let (_, file) = (dir, rustix::fs::memfd_create("stderr", rustix::fs::MemfdFlags::CLOEXEC)?);
     #[cfg(not(target_os = "linux"))]
-    let _ = engine;
-    Ok(())
+    let file = File::create_new(dir.join("stderr.log"))?;
+    Ok(file.into())
 }
 
 /// A worker and all that it started: none of them outlives this value.

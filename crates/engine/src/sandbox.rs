@@ -42,7 +42,7 @@ impl Allowed {
 #[cfg(target_os = "linux")]
 const RULES: landlock::ABI = landlock::ABI::V5;
 
-/// Rules for a process, to be laid on it by [`enter`]; none where the kernel has no Landlock.
+/// Rules for a process, for it to lay on itself (`step::worker`); none where the kernel has no Landlock.
 #[cfg(target_os = "linux")]
 pub(crate) fn rules(allowed: &Allowed) -> io::Result<Option<OwnedFd>> {
     use landlock::{Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetCreatedAttr};
@@ -65,27 +65,9 @@ pub(crate) fn rules(allowed: &Allowed) -> io::Result<Option<OwnedFd>> {
     made.map(Into::into).map_err(|e: landlock::RulesetError| io::Error::other(e))
 }
 
-/// Lays the rules on this process and all that it starts. Makes two system calls and nothing else:
-/// it is called between fork and exec.
-#[cfg(target_os = "linux")]
-pub(crate) fn enter(rules: &OwnedFd) -> io::Result<()> {
-    use std::os::fd::AsRawFd;
-    // SAFETY: neither call takes a pointer.
-    let failed = unsafe {
-        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-            || libc::syscall(libc::SYS_landlock_restrict_self, rules.as_raw_fd(), 0) != 0
-    };
-    if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn rules(_: &Allowed) -> io::Result<Option<OwnedFd>> {
     Ok(None)
-}
-
-#[cfg(not(target_os = "linux"))]
-pub(crate) fn enter(_: &OwnedFd) -> io::Result<()> {
-    Ok(())
 }
 
 /// Whether this kernel can hold steps to what they may touch.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use step::{Rebuild, TreeDigest};
 
-use crate::execute::threads_here;
+use crate::execute::Slot;
 use crate::plan::Status;
 use crate::resolve::Graph;
 use crate::target::TargetId;
@@ -57,7 +57,7 @@ impl Engine {
                 });
                 // A checkpoint of an earlier rebuild would spare it the work.
                 self.store().clear_scratch(ready.key)?;
-                let new = self.run(node, &ready, &worker, threads_here(), &outputs, on)?;
+                let new = self.run(node, &ready, &worker, &Slot::alone(), &outputs, on)?;
                 self.store().clear_scratch(ready.key)?;
                 let size = self.store().tree(new.output)?.size();
                 on(Event::Finished { target: &node.id, result: &new, size });

@@ -170,8 +170,8 @@ fn steps_run_side_by_side_as_far_as_there_are_threads() {
         let options = Options { threads: Some(threads), ..Options::default() };
         let outcome = engine.build(&w.graph(&engine, "r"), options, &mut |event| {
             match event {
-                Event::Started { .. } => running += 1,
-                Event::Finished { .. } => running -= 1,
+                Event::Note { text: "begins", .. } => running += 1,
+                Event::Note { text: "ends", .. } => running -= 1,
                 _ => {}
             }
             peak = peak.max(running);

@@ -210,11 +210,17 @@ impl Job {
 /// A step's implementation.
 pub type Run = fn(&Job) -> anyhow::Result<()>;
 
+/// The option with which an engine names itself, by its process id: the worker ends when it does.
+pub const ENGINE: &str = "--engine";
+/// The option that says that standard input is a Landlock ruleset, for the worker to lay on itself.
+pub const CONFINED: &str = "--confined";
+
 /// The whole of a worker's `main`: reads the request named by the first argument, runs its step.
+///
+/// An engine leaves it to the worker to confine itself and to end with the engine. To do that in
+/// between fork and exec would mean a copy of the engine's page tables for every step.
 pub fn main(steps: &[(&str, Run)]) -> ExitCode {
-    die_with_parent();
-    let job = match std::env::args_os().nth(1).context("usage: worker REQUEST.json").and_then(read)
-    {
+    let job = match arguments() {
         Ok(request) => Job::new(request, std::io::stdout()),
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -239,16 +245,57 @@ pub fn main(steps: &[(&str, Run)]) -> ExitCode {
     }
 }
 
-fn read(path: std::ffi::OsString) -> anyhow::Result<Request> {
-    let path = PathBuf::from(path);
+fn arguments() -> anyhow::Result<Request> {
+    let usage = "usage: worker REQUEST.json [--engine PID] [--confined]";
+    let mut args = std::env::args_os().skip(1);
+    let path = PathBuf::from(args.next().context(usage)?);
+    while let Some(arg) = args.next() {
+        match arg.to_str() {
+            Some(ENGINE) => {
+                let pid = args.next().and_then(|pid| pid.to_str()?.parse().ok());
+                end_with(pid.context(usage)?)?;
+            }
+            Some(CONFINED) => confine().context("cannot confine this process")?,
+            _ => anyhow::bail!(usage),
+        }
+    }
     let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_slice(&bytes).with_context(|| format!("{} is no request", path.display()))
 }
 
 /// When the engine is killed, so is the worker: no orphan goes on writing.
-fn die_with_parent() {
+fn end_with(engine: i32) -> anyhow::Result<()> {
     #[cfg(target_os = "linux")]
-    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+    {
+        use rustix::process::{Signal, getppid, set_parent_process_death_signal};
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        // It may have been killed already.
+        if getppid().is_none_or(|parent| parent.as_raw_pid() != engine) {
+            anyhow::bail!("the engine is gone");
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = engine;
+    Ok(())
+}
+
+/// Lays the ruleset that is standard input on this process, before it has another thread.
+fn confine() -> std::io::Result<()> {
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::fd::AsRawFd;
+        let nothing = std::fs::File::open("/dev/null")?;
+        // SAFETY: none of the calls takes a pointer.
+        let failed = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
+                || libc::syscall(libc::SYS_landlock_restrict_self, libc::STDIN_FILENO, 0) != 0
+                || libc::dup2(nothing.as_raw_fd(), libc::STDIN_FILENO) < 0
+        };
+        if failed {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// What this process has used so far, zeros where the system does not tell.

@@ -151,8 +151,7 @@ impl Store {
                 if !self.has_sized(digest, size) {
                     self.seal(&file, path)?;
                     let dest = self.blob_path(digest);
-                    make_parent(&dest)?;
-                    match fs::rename(path, &dest) {
+                    match in_folder(&dest, || fs::rename(path, &dest)) {
                         Ok(()) => return Ok((digest, size)),
                         Err(e) if e.kind() == ErrorKind::CrossesDevices => {
                             self.put_copy(path)?;
@@ -176,9 +175,12 @@ impl Store {
     fn keep(&self, file: NamedTempFile, digest: BlobDigest) -> Result<()> {
         self.seal(file.as_file(), file.path())?;
         let dest = self.blob_path(digest);
-        make_parent(&dest)?;
         // Whoever else writes this name writes the same bytes.
-        file.persist(&dest).map(drop).map_err(|e| io("write", &dest)(e.error))
+        let file = file.into_temp_path();
+        in_folder(&dest, || fs::rename(&file, &dest)).map_err(io("write", &dest))?;
+        // It is not there any more.
+        let _ = file.keep();
+        Ok(())
     }
 
     fn seal(&self, file: &File, path: &Path) -> Result<()> {
@@ -295,9 +297,15 @@ fn clone_file(source: &File, copy: &File) -> bool {
     }
 }
 
-fn make_parent(path: &Path) -> Result<()> {
-    let parent = path.parent().expect("a file of the store has a folder");
-    fs::create_dir_all(parent).map_err(io("create", parent))
+/// Does what puts a file at `dest`, whose folder is made if there is none.
+fn in_folder(dest: &Path, put: impl Fn() -> std::io::Result<()>) -> std::io::Result<()> {
+    put().or_else(|e| match (e.kind(), dest.parent()) {
+        (ErrorKind::NotFound, Some(folder)) => {
+            fs::create_dir_all(folder)?;
+            put()
+        }
+        _ => Err(e),
+    })
 }
 
 fn in_tree(error: StoreError, path: &str) -> StoreError {

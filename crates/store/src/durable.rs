@@ -32,12 +32,12 @@ pub(crate) struct Mark {
 impl Store {
     /// To be called before a file gets its name in the store.
     pub(crate) fn goes_in(&self, file: &File, path: &Path) -> Result<()> {
-        let Some(boot) = boot() else {
-            // Nobody could tell a power cut later.
-            return file.sync_data().map_err(io("write", path));
-        };
         let mut mark = self.mark.lock().expect("no panic while holding it");
         if mark.is_none() {
+            let Some(boot) = boot() else {
+                // Nobody could tell a power cut later.
+                return file.sync_data().map_err(io("write", path));
+            };
             *mark = Some(self.put_mark(&boot)?);
         }
         Ok(())

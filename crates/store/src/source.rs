@@ -74,8 +74,10 @@ impl Store {
             }
             Ok(done)
         };
-        let threads = thread::available_parallelism().map_or(1, |n| n.get());
-        let more = threads.min(unknown.len()).saturating_sub(1);
+        let more = match unknown.len() {
+            0 | 1 => 0,
+            many => thread::available_parallelism().map_or(1, usize::from).min(many) - 1,
+        };
         let done = thread::scope(|scope| {
             let others: Vec<_> = (0..more).map(|_| scope.spawn(work)).collect();
             let mut done = vec![work()];
