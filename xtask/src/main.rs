@@ -12,6 +12,7 @@ mod scaffold;
 mod schema;
 mod signals;
 mod suite;
+mod tensors;
 mod tidy;
 
 use std::process::ExitCode;

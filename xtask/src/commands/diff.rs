@@ -1,4 +1,6 @@
 //! `diff`: two results side by side.
+//!
+//! Knows nothing of how a model file is read: `tensors` does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -6,13 +8,13 @@ use std::path::Path;
 
 use anyhow::Context;
 use engine::{Engine, TargetId};
-use half::{bf16, f16};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use memmap2::Mmap;
 use serde_json::json;
-use step::{ActionResult, Failure, Tree};
+use step::{ActionResult, Entry, Failure, Tree};
 
 use super::show;
 use crate::display::{self, Table};
+use crate::tensors::{self, Changed, Difference, Distance, Files, Format};
 
 pub fn run(engine: &Engine, a: &str, b: Option<&str>, json: bool) -> anyhow::Result<()> {
     let ((name_a, a), (name_b, b)) = match b {
@@ -23,7 +25,10 @@ pub fn run(engine: &Engine, a: &str, b: Option<&str>, json: bool) -> anyhow::Res
     let causes =
         actions.map_or(Vec::new(), |(a, b)| engine::why::differences(engine.store(), &a, &b));
     let (tree_a, tree_b) = (engine.store().tree(a.output)?, engine.store().tree(b.output)?);
-    let tensors = tensors(engine, &tree_a, &tree_b)?;
+    let compared = models(&tree_a, &tree_b)
+        .into_iter()
+        .map(|models| compare(engine, models, [&name_a, &name_b]))
+        .collect::<anyhow::Result<Vec<_>>>()?;
     if json {
         let figures: BTreeMap<_, _> =
             metrics(&a, &b).into_iter().map(|(name, a, b)| (name, json!([a, b]))).collect();
@@ -34,9 +39,13 @@ pub fn run(engine: &Engine, a: &str, b: Option<&str>, json: bool) -> anyhow::Res
         let line = json!({
             "a": {"name": name_a, "key": a.key}, "b": {"name": name_b, "key": b.key},
             "differences": causes, "metrics": figures, "files": files,
-            "tensors": tensors.iter().map(|t| json!({
-                "name": t.name, "max_abs": t.largest, "relative_norm": t.relative,
-            })).collect::<Vec<_>>(),
+            "tensors": compared.iter().flat_map(|pair| &pair.changed).map(|tensor| {
+                let distance = tensor.difference.distance();
+                json!({
+                    "name": tensor.name, "max_abs": distance.map(|d| d.largest),
+                    "relative_norm": distance.map(Distance::relative),
+                })
+            }).collect::<Vec<_>>(),
         });
         println!("{line}");
         return Ok(());
@@ -58,15 +67,34 @@ pub fn run(engine: &Engine, a: &str, b: Option<&str>, json: bool) -> anyhow::Res
         table.row([path, size(a), size(b), if same { "same".into() } else { "differs".into() }]);
     }
     println!("{table}");
-    if !tensors.is_empty() {
-        let mut table = Table::new(["tensor that differs", "max |b - a|", "|b - a| / |a|"]);
-        for tensor in &tensors {
-            let number = |x: Option<f64>| x.map_or("shapes differ".into(), |x| format!("{x:.3e}"));
-            table.row([tensor.name.clone(), number(tensor.largest), number(tensor.relative)]);
-        }
-        println!("{table}");
-    }
+    compared.iter().filter(|pair| !pair.changed.is_empty()).for_each(print);
     Ok(())
+}
+
+fn print(pair: &Compared) {
+    let Compared { a, b, changed, of } = pair;
+    let files = if a == b { a.clone() } else { format!("{a} → {b}") };
+    println!("{files}: {} of {of} tensors differ", changed.len());
+    let mut table = Table::new(["tensor", "type", "max |b - a|", "|b - a| / |a|"]);
+    let mut row = |name: &str, kind: &str, difference: Difference| {
+        let word = match difference {
+            Difference::Values(d) => {
+                let [largest, relative] = [d.largest, d.relative()].map(|x| format!("{x:.3e}"));
+                return table.row([name.into(), kind.into(), largest, relative]);
+            }
+            Difference::Bytes => "bytes differ",
+            Difference::Shapes => "shapes differ",
+            Difference::OnlyInA => "only in a",
+            Difference::OnlyInB => "only in b",
+        };
+        table.row([name.into(), kind.into(), word.into(), String::new()]);
+    };
+    changed.iter().for_each(|t| row(&t.name, &t.kind, t.difference));
+    let all: Vec<Distance> = changed.iter().filter_map(|t| t.difference.distance()).collect();
+    if all.len() > 1 {
+        row(&format!("these {}", all.len()), "", Difference::Values(all.into_iter().sum()));
+    }
+    println!("{table}");
 }
 
 /// A name for people and the result: of a target, or of an action by the start of its key.
@@ -124,94 +152,124 @@ fn files<'a>(a: &'a Tree, b: &'a Tree) -> Vec<Pair<'a>> {
     paths.into_iter().map(|path| (path.clone(), find(a, path), find(b, path))).collect()
 }
 
-/// A tensor that is not the same in both.
-struct Changed {
-    name: String,
-    /// `None` where the shapes differ, or only one has it.
-    largest: Option<f64>,
-    relative: Option<f64>,
+/// The tensors of two model files, side by side.
+struct Compared {
+    a: String,
+    b: String,
+    changed: Vec<Changed>,
+    /// How many names there are in either.
+    of: usize,
 }
 
-/// Compares the tensors of safetensors files that both results have under one name.
-fn tensors(engine: &Engine, a: &Tree, b: &Tree) -> anyhow::Result<Vec<Changed>> {
-    let mut changed = Vec::new();
-    for (path, a, b) in files(a, b) {
-        let (Some(a), Some(b)) = (a, b) else { continue };
-        if !path.ends_with(".safetensors") || a.digest == b.digest {
-            continue;
-        }
-        let map = |digest| map(&engine.store().blob_path(digest));
-        let (bytes_a, bytes_b) = (map(a.digest)?, map(b.digest)?);
-        let parse = |bytes| {
-            SafeTensors::deserialize(bytes)
-                .map_err(|e| Failure::input(format!("{path} is no safetensors file: {e}")))
-        };
-        let (of_a, of_b) = (parse(&bytes_a)?, parse(&bytes_b)?);
-        let names: BTreeSet<String> =
-            of_a.names().into_iter().chain(of_b.names()).map(String::from).collect();
-        for name in names {
-            let both = of_a.tensor(&name).ok().zip(of_b.tensor(&name).ok());
-            let comparable = both.as_ref().filter(|(a, b)| a.shape() == b.shape());
-            match comparable.map(|(a, b)| distance(a, b)) {
-                Some(Some((largest, relative))) if largest > 0.0 => {
-                    let (largest, relative) = (Some(largest), Some(relative));
-                    changed.push(Changed { name, largest, relative });
+/// Model files that both results have under one path; and where one of a format is left over in
+/// each, these two: `model-F16.gguf` and `model-Q8_0.gguf`.
+fn models<'a>(a: &'a Tree, b: &'a Tree) -> Vec<[Model<'a>; 2]> {
+    let all = files(a, b);
+    let mut pairs = Vec::new();
+    for format in Format::ALL {
+        let of_format = all.iter().filter(|(path, ..)| Format::of(path) == Some(format));
+        let (mut left_a, mut left_b) = (Vec::new(), Vec::new());
+        for pair in of_format {
+            match *pair {
+                (_, Some(of_a), Some(of_b)) => {
+                    pairs.push([Model::new(format, of_a, a), Model::new(format, of_b, b)]);
                 }
-                Some(Some(_)) => {}
-                _ => changed.push(Changed { name, largest: None, relative: None }),
+                (_, of_a, of_b) => {
+                    left_a.extend(of_a);
+                    left_b.extend(of_b);
+                }
             }
         }
+        if let ([of_a], [of_b]) = (&left_a[..], &left_b[..]) {
+            pairs.push([Model::new(format, of_a, a), Model::new(format, of_b, b)]);
+        }
     }
-    Ok(changed)
+    pairs.retain(|[a, b]| a.files != b.files);
+    pairs
 }
 
-fn map(path: &Path) -> anyhow::Result<memmap2::Mmap> {
+/// A model file, and the files that its tensors may lie in.
+struct Model<'a> {
+    path: &'a str,
+    format: Format,
+    files: Vec<&'a Entry>,
+}
+
+impl<'a> Model<'a> {
+    /// External data of ONNX lies in the model's folder or below it.
+    fn new(format: Format, file: &'a Entry, tree: &'a Tree) -> Self {
+        let path = file.path.as_str();
+        let folder = &path[..path.rfind('/').map_or(0, |slash| slash + 1)];
+        let files = match format {
+            Format::Safetensors | Format::Gguf => vec![file],
+            Format::Onnx => tree.entries().iter().filter(|e| e.path.starts_with(folder)).collect(),
+        };
+        Self { path, format, files }
+    }
+
+    fn map(&self, engine: &Engine) -> anyhow::Result<Vec<Mmap>> {
+        self.files.iter().map(|file| map(&engine.store().blob_path(file.digest))).collect()
+    }
+
+    fn bytes<'m>(&'m self, maps: &'m [Mmap]) -> Files<'m> {
+        self.files.iter().zip(maps).map(|(file, map)| (file.path.as_str(), &map[..])).collect()
+    }
+}
+
+fn compare(engine: &Engine, [a, b]: [Model; 2], names: [&str; 2]) -> anyhow::Result<Compared> {
+    let (maps_a, maps_b) = (a.map(engine)?, b.map(engine)?);
+    let of_a = tensors::read(a.path, a.format, &a.bytes(&maps_a)).context(names[0].to_string())?;
+    let of_b = tensors::read(b.path, b.format, &b.bytes(&maps_b)).context(names[1].to_string())?;
+    let all: BTreeSet<&str> = of_a.iter().chain(&of_b).map(|t| t.name.as_str()).collect();
+    Ok(Compared {
+        a: a.path.into(),
+        b: b.path.into(),
+        changed: tensors::compare(&of_a, &of_b),
+        of: all.len(),
+    })
+}
+
+fn map(path: &Path) -> anyhow::Result<Mmap> {
     let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
     // SAFETY: blobs are read-only and never change under their name.
-    unsafe { memmap2::Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))
-}
-
-/// The largest difference of two elements, and the norm of all differences by that of `a`. `None`
-/// for a kind of number that has neither.
-fn distance(a: &TensorView, b: &TensorView) -> Option<(f64, f64)> {
-    let (mut largest, mut squares, mut of_a) = (0.0_f64, 0.0, 0.0);
-    for (x, y) in numbers(a)?.zip(numbers(b)?) {
-        let difference = (y - x).abs();
-        largest = largest.max(difference);
-        squares += difference * difference;
-        of_a += x * x;
-    }
-    Some((largest, (squares / of_a.max(f64::MIN_POSITIVE)).sqrt()))
-}
-
-fn numbers<'a>(tensor: &'a TensorView) -> Option<Box<dyn Iterator<Item = f64> + 'a>> {
-    let data = tensor.data();
-    Some(match tensor.dtype() {
-        Dtype::F32 => Box::new(
-            data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]).into()),
-        ),
-        Dtype::BF16 => {
-            Box::new(data.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).into()))
-        }
-        Dtype::F16 => {
-            Box::new(data.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).into()))
-        }
-        _ => return None,
-    })
+    unsafe { Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn distances_are_those_of_the_numbers() {
-        let bytes = |values: &[f32]| -> Vec<u8> {
-            values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect()
+    fn tree(files: &[(&str, &str)]) -> Tree {
+        let entry = |(path, text): &(&str, &str)| Entry {
+            path: path.to_string(),
+            digest: step::BlobDigest::of(text.as_bytes()),
+            size: text.len() as u64,
         };
-        let (a, b) = (bytes(&[3.0, 4.0]), bytes(&[3.0, 2.0]));
-        let view = |data| TensorView::new(Dtype::BF16, vec![2], data).unwrap();
-        assert_eq!(distance(&view(&a), &view(&b)), Some((2.0, 0.4)));
-        assert_eq!(distance(&view(&a), &view(&a)), Some((0.0, 0.0)));
+        Tree::new(files.iter().map(entry).collect()).unwrap()
+    }
+
+    fn paired(a: &[(&str, &str)], b: &[(&str, &str)]) -> Vec<[String; 2]> {
+        let (a, b) = (tree(a), tree(b));
+        models(&a, &b).iter().map(|pair| pair.each_ref().map(|m| m.path.to_string())).collect()
+    }
+
+    #[test]
+    fn files_are_compared_two_and_two() {
+        let one = paired(
+            &[("a.safetensors", "1"), ("b.safetensors", "1"), ("config.json", "1")],
+            &[("a.safetensors", "1"), ("b.safetensors", "2"), ("config.json", "2")],
+        );
+        assert_eq!(one, [["b.safetensors", "b.safetensors"]]);
+        let renamed = paired(&[("m-F16.gguf", "1")], &[("m-Q8_0.gguf", "2")]);
+        assert_eq!(renamed, [["m-F16.gguf", "m-Q8_0.gguf"]]);
+        // Which of the two it would be is not known.
+        assert!(paired(&[("a.gguf", "1")], &[("b.gguf", "2"), ("c.gguf", "3")]).is_empty());
+    }
+
+    #[test]
+    fn an_onnx_model_is_compared_where_its_data_differs() {
+        let model = |data| [("onnx/m.onnx", "1"), ("onnx/m.onnx_data", data), ("readme", data)];
+        assert_eq!(paired(&model("1"), &model("2")), [["onnx/m.onnx", "onnx/m.onnx"]]);
+        assert!(paired(&model("1"), &model("1")).is_empty());
     }
 }
