@@ -96,6 +96,11 @@ pub enum Command {
         /// Keep results younger than this many days.
         #[arg(long, default_value_t = 7)]
         days: u64,
+        /// Of these, the oldest go too, until the store is no larger than this: `20 GB`.
+        ///
+        /// A build holds the store to `max-size` in `[workspace.metadata.anneal]` of Cargo.toml.
+        #[arg(long, value_parser = size)]
+        max_size: Option<u64>,
         /// Only tell what would go.
         #[arg(long)]
         dry_run: bool,
@@ -122,6 +127,10 @@ pub enum Command {
         #[arg(value_enum)]
         stages: Vec<crate::suite::Stage>,
     },
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    engine::gc::bytes(text).ok_or_else(|| "a size is a number and a unit, as `20 GB`".into())
 }
 
 #[derive(Debug, Args)]

@@ -10,6 +10,7 @@ use std::process::{Command as Process, ExitCode, Stdio};
 use std::time::Duration;
 
 use clap::CommandFactory;
+use engine::gc::Keep;
 use engine::verify::Verdict;
 use engine::{Engine, Graph, Options, Plan, Stale, Status};
 use serde_json::json;
@@ -50,7 +51,10 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Verify { targets, rebuild } => {
             return verify(&open(&root)?, &targets, rebuild, json);
         }
-        Command::Gc { days, dry_run } => gc(&open(&root)?, days, dry_run, json)?,
+        Command::Gc { days, max_size, dry_run } => {
+            let newer = Duration::from_secs(days * 24 * 3600);
+            gc(&open(&root)?, Keep { newer, max_size }, dry_run, json)?;
+        }
         Command::Doctor => return doctor::run(&root, json),
     }
     Ok(ExitCode::SUCCESS)
@@ -100,6 +104,12 @@ fn build(
     let mut display = Display::new(json, &graph);
     let outcome = engine.build(&graph, options, &mut |event| display.event(&event))?;
     display.summary(engine, &outcome);
+    if outcome.built.iter().any(|built| built.ran)
+        && let Some(swept) = engine.hold_size()?
+        && !json
+    {
+        eprintln!("the store was full: old results went, {}", display::bytes(swept.bytes_freed));
+    }
     if running.is_stopped() {
         eprintln!("stopped: what was made is kept; a training goes on from its last checkpoint");
         return Ok(error::STOPPED.into());
@@ -154,6 +164,7 @@ fn plan_json(planned: &engine::Planned) -> serde_json::Value {
         "reason": reason,
         "last_wall_seconds": last.map(|p| p.wall_seconds),
         "last_peak_memory": last.map(|p| p.peak_memory),
+        "memory": planned.memory,
     })
 }
 
@@ -178,7 +189,7 @@ fn plan_text(plan: &Plan) -> String {
             planned.step.to_string(),
             status,
             last.map_or("".into(), |p| display::seconds(p.wall_seconds)),
-            last.map_or("".into(), |p| display::bytes(p.peak_memory)),
+            memory(planned),
         ]);
     }
     let stale = plan.targets.iter().filter(|p| matches!(p.status, Status::Stale(_))).count();
@@ -191,6 +202,19 @@ fn plan_text(plan: &Plan) -> String {
         n => format!("{n} to make\n"),
     };
     format!("{table}{line}")
+}
+
+/// What it took last time; of a step that knows its numbers, what it will take, and where.
+fn memory(planned: &engine::Planned) -> String {
+    let last = planned.last.as_ref().map(|r| display::bytes(r.provenance.peak_memory));
+    match (planned.memory, &planned.status) {
+        (Some(memory), Status::Stale(_)) => format!(
+            "about {}, or {} on a GPU",
+            display::bytes(memory.on_processor),
+            display::bytes(memory.on_accelerator)
+        ),
+        _ => last.unwrap_or_default(),
+    }
 }
 
 fn why(engine: &Engine, target: &str, json: bool) -> anyhow::Result<()> {
@@ -374,8 +398,8 @@ fn scrub(engine: &Engine, json: bool) -> anyhow::Result<ExitCode> {
     Ok(if report.corrupt.is_empty() { ExitCode::SUCCESS } else { error::ENVIRONMENT.into() })
 }
 
-fn gc(engine: &Engine, days: u64, dry_run: bool, json: bool) -> anyhow::Result<()> {
-    let swept = engine.gc(Duration::from_secs(days * 24 * 3600), dry_run)?;
+fn gc(engine: &Engine, keep: Keep, dry_run: bool, json: bool) -> anyhow::Result<()> {
+    let swept = engine.gc(keep, dry_run)?;
     let verb = if dry_run { "would take" } else { "took" };
     if json {
         println!(

@@ -15,6 +15,11 @@ pub enum Architecture {
 }
 
 impl Architecture {
+    /// The architecture of a `model_type`, if it is built.
+    pub fn of(model_type: &str) -> Option<Self> {
+        [Architecture::Llama].into_iter().find(|one| one.model_type() == model_type)
+    }
+
     pub const fn model_type(self) -> &'static str {
         match self {
             Architecture::Llama => "llama",
@@ -57,14 +62,18 @@ impl Config {
     pub fn parse(json: &str, origin: &Path) -> Result<Self, Error> {
         let value: Value = serde_json::from_str(json)
             .map_err(|e| Error::Parse { path: origin.into(), message: e.to_string() })?;
-        let Value::Object(map) = value else {
+        Self::of(&value, origin)
+    }
+
+    /// Reads a config.json; `origin` is named in errors.
+    pub fn of(json: &Value, origin: &Path) -> Result<Self, Error> {
+        let Value::Object(map) = json else {
             return Err(Error::Parse { path: origin.into(), message: "no JSON object".into() });
         };
-        let keys = Keys { map: &map, origin };
+        let keys = Keys { map, origin };
         let model_type = keys.text("model_type")?;
-        let architecture = match model_type.as_str() {
-            "llama" => Architecture::Llama,
-            _ => return Err(Error::Architecture { path: origin.into(), found: model_type }),
+        let Some(architecture) = Architecture::of(&model_type) else {
+            return Err(Error::Architecture { path: origin.into(), found: model_type });
         };
         keys.refuse_what_changes_the_maths()?;
         let (hidden_size, num_heads) =

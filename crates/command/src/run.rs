@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use step::{InputDef, Kind, ParamError, Platform, Step};
+use step::{InputDef, Kind, Known, Needs, ParamError, Platform, Step};
 
 use crate::template::{self, Part};
 
@@ -97,8 +97,8 @@ impl Step for Run {
         self.own_program().map(str::to_string).into_iter().collect()
     }
 
-    fn threads(&self) -> Option<usize> {
-        Some(self.threads)
+    fn needs(&self, _: &Known) -> Needs {
+        Needs { threads: Some(self.threads), ..Needs::default() }
     }
 }
 
@@ -129,7 +129,7 @@ mod tests {
     fn a_program_is_enough_and_takes_part_in_the_key() {
         let params = resolve(json!({"program": "true"})).unwrap();
         assert_eq!((DEF.programs)(&params), ["true"]);
-        assert_eq!((DEF.threads)(&params), Some(1));
+        assert_eq!((DEF.needs)(&params, &Known::new()).threads, Some(1));
         let params = resolve(json!({"program": "{tool}", "kind": "model"})).unwrap();
         assert_eq!((DEF.programs)(&params), Vec::<String>::new());
     }

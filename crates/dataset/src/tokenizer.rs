@@ -4,7 +4,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::definition::ParamError;
-use step::{InputDef, Kind, Step};
+use step::{Facts, InputDef, Kind, Known, Step};
 
 use crate::rows::{Format, OnBroken};
 
@@ -56,6 +56,10 @@ impl Step for Tokenizer {
     const INPUTS: &'static [InputDef] =
         &[InputDef::many("examples", &[Kind::Files]), InputDef::one("template", &[Kind::Files])];
     const OUTPUT: Kind = Kind::Tokenizer;
+
+    fn facts(&self, _: &Known) -> Facts {
+        Facts { vocabulary: usize::try_from(self.vocab_size).ok(), ..Facts::default() }
+    }
 
     fn validate(&self) -> Result<(), ParamError> {
         let least = 256 + self.special_tokens.len() as u32;

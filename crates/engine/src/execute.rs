@@ -14,16 +14,17 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use step::worker::{self, Mode, Request};
 use step::{
-    Action, ActionKey, ActionResult, CodeDigest, Failure, Platform, Provenance, TreeDigest, action,
-    canonical,
+    Action, ActionKey, ActionResult, CodeDigest, Facts, Failure, Known, Platform, Provenance,
+    TreeDigest, action, canonical,
 };
+use store::StoreError;
 
 use crate::compiled::Compiled;
 use crate::plan::{Blocked, Plan, Planned, Ready, Stale, Status};
 use crate::process::{self, Said};
 use crate::resolve::{Graph, Input, Node, Origin};
 use crate::sandbox::{self, Allowed};
-use crate::schedule::Schedule;
+use crate::schedule::{Machine, Schedule, Share};
 use crate::target::TargetId;
 use crate::{Engine, Error, Event, Workers, code, held, tools, why};
 
@@ -69,38 +70,39 @@ impl Outcome {
     }
 }
 
-/// A stale target in line for threads, by its place in the graph.
+/// A stale target in line, by its place in the graph.
 struct Waiting {
     place: usize,
     ready: Ready,
     stale: Stale,
-    threads: usize,
+    share: Share,
 }
 
 /// What the thread of a step sends.
 enum Sent {
-    /// Its worker has done its part: others may have so many threads.
-    Freed(usize),
-    /// The step at this place has ended, and holds so many threads no longer.
-    Ended(usize, Result<Built, Error>, usize),
+    /// Its worker has done its part: others may have what it took.
+    Freed(Share),
+    /// The step at this place has ended, and holds this no longer.
+    Ended(usize, Result<Built, Error>, Share),
 }
 
-/// The threads that a step's worker holds.
+/// What a step's worker holds of the machine.
 pub(crate) struct Slot {
-    held: Cell<usize>,
+    held: Cell<Share>,
     freed: Option<mpsc::Sender<Sent>>,
 }
 
 impl Slot {
     /// All threads, with nobody beside.
     pub fn alone() -> Self {
-        Self { held: Cell::new(threads_here()), freed: None }
+        let all = Share { threads: threads_here(), ..Share::default() };
+        Self { held: Cell::new(all), freed: None }
     }
 
     fn free(&self) {
-        let threads = self.held.take();
+        let share = self.held.take();
         // The receiver lives as long as anything runs.
-        self.freed.iter().for_each(|freed| _ = freed.send(Sent::Freed(threads)));
+        self.freed.iter().for_each(|freed| _ = freed.send(Sent::Freed(share)));
     }
 }
 
@@ -124,11 +126,12 @@ impl Engine {
     pub fn plan(&self, graph: &Graph) -> Result<Plan, Error> {
         let mut targets: Vec<Planned> = Vec::new();
         let mut outputs: BTreeMap<TargetId, TreeDigest> = BTreeMap::new();
-        let facts = graph.facts();
+        let facts = self.facts(graph);
         let mut stuck = BTreeSet::new();
         for node in &graph.nodes {
             let last = self.last(&node.id);
-            let status = match self.blocked(node, &stuck, &facts[&node.id].0) {
+            let known = &facts[&node.id].0;
+            let status = match self.blocked(node, &stuck, known) {
                 Some(blocked) => {
                     stuck.insert(&node.id);
                     Status::Blocked(blocked)
@@ -138,7 +141,9 @@ impl Engine {
             if let Status::Cached(result) = &status {
                 outputs.insert(node.id.clone(), result.output);
             }
-            targets.push(Planned { id: node.id.clone(), step: node.def.name, status, last });
+            let memory = (node.def.needs)(&node.params, known).memory;
+            let (id, step) = (node.id.clone(), node.def.name);
+            targets.push(Planned { id, step, status, last, memory });
         }
         self.finish_caches();
         Ok(Plan { targets })
@@ -166,7 +171,7 @@ impl Engine {
     }
 
     /// Makes every target of `graph` that is stale, those that do not need each other side by side
-    /// as far as there are threads for them, and links all of them for people.
+    /// as far as the machine has room for them, and links all of them for people.
     ///
     /// After a failure nothing more is started, unless `options` say to go on with what does not
     /// hang on it. What was made until then is kept.
@@ -179,29 +184,31 @@ impl Engine {
         self.recall(&options.words);
         let on = Mutex::new(on);
         let tell = |event: Event<'_>| held(&on)(event);
-        let facts = graph.facts();
-        let total = options.threads.unwrap_or_else(threads_here).max(1);
+        let facts = self.facts(graph);
+        let threads = options.threads.unwrap_or_else(threads_here).max(1);
+        let mut machine = Machine::new(threads, memory_here());
         let mut schedule = Schedule::new(graph);
         let mut outputs = BTreeMap::new();
         let mut outcome = Outcome::default();
         std::thread::scope(|scope| {
             let (sender, receiver) = mpsc::channel();
-            // Stale, and in line for threads: whoever is first in it is started first.
+            // Whoever is first in line is started first.
             let mut line: VecDeque<Waiting> = VecDeque::new();
-            let (mut running, mut busy) = (0, 0);
+            let mut running = 0;
             loop {
                 let going_on = outcome.failed.is_empty() || options.keep_going;
                 while let Some(place) = schedule.next().filter(|_| going_on) {
                     let node = &graph.nodes[place];
-                    let threads = (node.def.threads)(&node.params).unwrap_or(total).min(total);
-                    match self.look(node, &facts[&node.id].0, &outputs, &tell) {
+                    let known = &facts[&node.id].0;
+                    match self.look(node, known, &outputs, &tell) {
                         Ok(Looked::Found(built)) => {
                             outputs.insert(node.id.clone(), built.output);
                             outcome.built.push(built);
                             schedule.made(place);
                         }
                         Ok(Looked::Stale(ready, stale)) => {
-                            line.push_back(Waiting { place, ready: *ready, stale, threads });
+                            let share = machine.limit(self.share(node, known));
+                            line.push_back(Waiting { place, ready: *ready, stale, share });
                         }
                         Err(error) => {
                             outcome.fail(node, error, self.running.is_stopped(), &tell);
@@ -211,14 +218,14 @@ impl Engine {
                 if !going_on {
                     line.clear();
                 }
-                while let Some(next) = line.pop_front_if(|next| busy + next.threads <= total) {
-                    let Waiting { place, ready, stale, threads } = next;
+                while let Some(next) = line.pop_front_if(|next| machine.has(next.share)) {
+                    let Waiting { place, ready, stale, share } = next;
                     let node = &graph.nodes[place];
                     let inputs = self.inputs_of(node, &outputs);
                     let (sender, tell) = (sender.clone(), &tell);
-                    let slot = Slot { held: Cell::new(threads), freed: Some(sender.clone()) };
+                    let slot = Slot { held: Cell::new(share), freed: Some(sender.clone()) };
                     running += 1;
-                    busy += threads;
+                    machine.take(share);
                     if self.commit.get().is_none() {
                         // Asked while the first step runs.
                         scope.spawn(|| self.commit());
@@ -237,12 +244,12 @@ impl Engine {
                     break;
                 }
                 let (place, made) = match receiver.recv().expect("a sender is kept") {
-                    Sent::Freed(threads) => {
-                        busy -= threads;
+                    Sent::Freed(share) => {
+                        machine.give_back(share);
                         continue;
                     }
-                    Sent::Ended(place, made, threads) => {
-                        busy -= threads;
+                    Sent::Ended(place, made, share) => {
+                        machine.give_back(share);
                         (place, made)
                     }
                 };
@@ -273,11 +280,33 @@ impl Engine {
         Ok(outcome)
     }
 
+    /// What is known of each target before it is built, or of models, from what was built last.
+    pub(crate) fn facts(&self, graph: &Graph) -> BTreeMap<TargetId, (Known, Facts)> {
+        graph.facts(&|id| {
+            let tree = self.store.tree(self.last(id)?.output).ok()?;
+            let config = tree.entries().iter().find(|entry| entry.path == "config.json")?;
+            serde_json::from_slice(&self.store.blob(config.digest).ok()?).ok()
+        })
+    }
+
+    /// What a step takes of the machine: what it says of itself, or what it took last time.
+    fn share(&self, node: &Node, known: &Known) -> Share {
+        let needs = (node.def.needs)(&node.params, known);
+        let last = self.last(&node.id).map_or(0, |last| last.provenance.peak_memory);
+        // On an accelerator it takes less of ours than this.
+        let counted = needs.memory.map_or(0, |memory| memory.on_processor);
+        Share {
+            threads: needs.threads.unwrap_or(usize::MAX),
+            memory: if last > 0 { last } else { counted },
+            accelerator: needs.accelerator,
+        }
+    }
+
     /// Whether a target whose inputs are made is made itself.
     fn look(
         &self,
         node: &Node,
-        known: &step::definition::Known,
+        known: &Known,
         outputs: &BTreeMap<TargetId, TreeDigest>,
         tell: &dyn Fn(Event<'_>),
     ) -> Result<Looked, Error> {
@@ -369,7 +398,7 @@ impl Engine {
         let target = &node.id;
         let attempt = self.store.attempt(&target.to_string())?;
         let mut request = self.request(node, ready, attempt.path(), outputs, Mode::Build, on)?;
-        request.threads = slot.held.get();
+        request.threads = slot.held.get().threads;
         let started = SystemTime::now();
         let clock = Instant::now();
         let rules = self.rules(node, worker, &request, attempt.path())?;
@@ -629,12 +658,7 @@ impl Engine {
         }
     }
 
-    fn blocked(
-        &self,
-        node: &Node,
-        stuck: &BTreeSet<&TargetId>,
-        known: &step::definition::Known,
-    ) -> Option<Blocked> {
+    fn blocked(&self, node: &Node, stuck: &BTreeSet<&TargetId>, known: &Known) -> Option<Blocked> {
         if let Err(unsupported) = (node.def.supports)(&node.params, known) {
             return Some(Blocked::Unsupported(unsupported));
         }
@@ -701,19 +725,32 @@ impl Engine {
     /// stat cache makes that cheap), and made again if somebody changed it.
     pub fn materialise(&self, tree: TreeDigest) -> Result<PathBuf, Error> {
         let path = self.store.root().join("trees").join(tree.to_string());
+        let aside = || self.store.root().join("tmp").join(format!("tree-{}", unique()));
         if path.is_dir() {
-            if self.store.hash_path(&path).is_ok_and(|now| now.digest() == tree) {
+            if self.is_intact(&path, tree) {
                 return Ok(path);
             }
-            remove(&path)?;
+            // Somebody else may be quicker.
+            let altered = aside();
+            if std::fs::rename(&path, &altered).is_ok() {
+                remove(&altered)?;
+            }
         }
-        let partial = self.store.root().join("tmp").join(format!("tree-{}", unique()));
+        let partial = aside();
         let laid_out = self.store.materialise(&self.store.tree(tree)?, &partial, true);
         let done = laid_out.map_err(Error::from).and_then(|()| Ok(rename(&partial, &path)?));
         if partial.exists() {
             let _ = remove(&partial);
         }
         done.map(|()| path)
+    }
+
+    fn is_intact(&self, folder: &Path, tree: TreeDigest) -> bool {
+        const TRIES: usize = 100;
+        // While it is looked at, another builder may give a file of it another name.
+        let mut looks = (0..TRIES).map(|_| self.store.hash_path(folder));
+        let now = looks.find(|now| !matches!(now, Err(StoreError::Moved { .. })));
+        now.is_some_and(|now| now.is_ok_and(|now| now.digest() == tree))
     }
 
     /// Makes the target's name stand for `result`: links, and the pointer last. Whoever finds the
@@ -787,6 +824,14 @@ pub(crate) fn processor() -> Option<String> {
 pub(crate) fn threads_here() -> usize {
     static KNOWN: OnceLock<usize> = OnceLock::new();
     *KNOWN.get_or_init(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
+}
+
+/// Bytes of memory that this machine could give to steps now, where the system tells.
+fn memory_here() -> u64 {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.map_or(u64::MAX, |kib| kib * 1024)
 }
 
 /// The commit of the workspace and whether it was changed since.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use step::{Action, ActionKey, ActionResult, Tree, TreeDigest, Unsupported};
+use step::{Action, ActionKey, ActionResult, Memory, Tree, TreeDigest, Unsupported};
 
 use crate::target::TargetId;
 use crate::why::Difference;
@@ -21,6 +21,8 @@ pub struct Planned {
     pub status: Status,
     /// What was built last under this name: what it cost then is the estimate for now.
     pub last: Option<ActionResult>,
+    /// What it needs by its own numbers, where it says so.
+    pub memory: Option<Memory>,
 }
 
 #[derive(Debug)]

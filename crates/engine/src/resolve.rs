@@ -94,8 +94,12 @@ impl Graph {
         self.nodes.iter().find(|n| n.id == *id)
     }
 
-    /// What is known of each node before it is built.
-    pub fn facts(&self) -> BTreeMap<TargetId, (Known, Facts)> {
+    /// What is known of each node's inputs, and of itself, before it is built. `config` tells the
+    /// config.json of a model that has been made.
+    pub fn facts(
+        &self,
+        config: &dyn Fn(&TargetId) -> Option<Value>,
+    ) -> BTreeMap<TargetId, (Known, Facts)> {
         let mut all: BTreeMap<TargetId, (Known, Facts)> = BTreeMap::new();
         for node in &self.nodes {
             let mut known = Known::new();
@@ -110,7 +114,10 @@ impl Graph {
                     facts,
                 });
             }
-            let facts = (node.def.facts)(&node.params, &known);
+            let mut facts = (node.def.facts)(&node.params, &known);
+            if facts.config.is_none() && node.kind == Kind::Model {
+                facts.config = config(&node.id);
+            }
             all.insert(node.id.clone(), (known, facts));
         }
         all

@@ -1,6 +1,6 @@
-//! Which target may start next: one whose inputs are all made.
+//! Which target may start next: one whose inputs are all made, when the machine has room for it.
 //!
-//! Knows the order of targets, nothing of steps or stores.
+//! Knows the order of targets and what they take, nothing of steps or stores.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -45,5 +45,79 @@ impl Schedule {
                 self.ready.insert(*user);
             }
         }
+    }
+}
+
+/// What a step takes of the machine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Share {
+    pub threads: usize,
+    /// Bytes.
+    pub memory: u64,
+    /// There is one, or it is shared like one.
+    pub accelerator: bool,
+}
+
+/// What of the machine nobody has taken.
+#[derive(Debug)]
+pub struct Machine {
+    all: Share,
+    free: Share,
+}
+
+impl Machine {
+    pub fn new(threads: usize, memory: u64) -> Self {
+        let all = Share { threads, memory, accelerator: true };
+        Self { all, free: all }
+    }
+
+    /// No more than there is: a step that wants more runs alone, and may yet do.
+    pub fn limit(&self, share: Share) -> Share {
+        let Share { threads, memory, accelerator } = share;
+        let (threads, memory) = (threads.min(self.all.threads), memory.min(self.all.memory));
+        Share { threads, memory, accelerator }
+    }
+
+    pub fn has(&self, share: Share) -> bool {
+        share.threads <= self.free.threads
+            && share.memory <= self.free.memory
+            && (self.free.accelerator || !share.accelerator)
+    }
+
+    /// Takes what it [`has`](Self::has).
+    pub fn take(&mut self, share: Share) {
+        self.free.threads -= share.threads;
+        self.free.memory -= share.memory;
+        self.free.accelerator &= !share.accelerator;
+    }
+
+    pub fn give_back(&mut self, share: Share) {
+        self.free.threads += share.threads;
+        self.free.memory += share.memory;
+        self.free.accelerator |= share.accelerator;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_taken_is_not_there_for_others() {
+        let share = |threads, memory, accelerator| Share { threads, memory, accelerator };
+        let mut machine = Machine::new(4, 100);
+        assert_eq!(machine.limit(share(9, 900, true)), share(4, 100, true));
+        let first = share(1, 60, true);
+        machine.take(first);
+        for (wanted, has) in [
+            (share(3, 40, false), true),
+            (share(4, 0, false), false),
+            (share(1, 41, false), false),
+            (share(1, 0, true), false),
+        ] {
+            assert_eq!(machine.has(wanted), has, "{wanted:?}");
+        }
+        machine.give_back(first);
+        assert!(machine.has(share(4, 100, true)));
     }
 }

@@ -3,6 +3,9 @@
 
 mod workspace;
 
+use std::time::Duration;
+
+use engine::gc::Keep;
 use engine::{Event, Stale, Status};
 use workspace::{RECIPE, Workspace};
 
@@ -119,10 +122,39 @@ fn gc_keeps_what_targets_stand_for() {
     w.build("r").unwrap();
     w.write("recipes/rows.txt", "just one\n");
     w.build("r").unwrap();
-    let swept = w.engine().gc(std::time::Duration::ZERO, false).unwrap();
+    let swept = w.engine().gc(Keep::default(), false).unwrap();
     assert_eq!(swept.results_removed, 2);
     assert_eq!(w.build("r").unwrap(), [""; 0]);
     assert_eq!(w.output("shout"), "1");
+}
+
+#[test]
+fn the_oldest_results_go_when_the_store_is_too_large() {
+    let w = Workspace::new("[a]\nstep = \"demo/upper\"\ntext = \"./rows.txt\"\n");
+    // Each 1,000 bytes and a small report; the last one stands for the target.
+    for letter in ["a", "b", "c", "d"] {
+        w.write("recipes/rows.txt", &letter.repeat(1000));
+        w.build("r").unwrap();
+    }
+    let engine = w.engine();
+    let results = || engine.store().actions().all().unwrap().len();
+    let keep = |size| Keep { newer: Duration::MAX, max_size: Some(size) };
+    for (size, dry_run, left) in
+        [(1 << 20, false, 4), (3500, true, 4), (3500, false, 3), (3500, false, 3), (10, false, 1)]
+    {
+        engine.gc(keep(size), dry_run).unwrap();
+        assert_eq!(results(), left, "{size} bytes");
+    }
+    assert_eq!(w.output("a"), "D".repeat(1000));
+
+    w.write("Cargo.toml", "[workspace.metadata.anneal]\nmax-size = \"1 kB\"\n");
+    w.write("recipes/rows.txt", "e");
+    w.build("r").unwrap();
+    drop(engine);
+    assert_eq!(w.engine().hold_size().unwrap().unwrap().results_removed, 1);
+    w.write("Cargo.toml", "[workspace.metadata.anneal]\nmax-size = \"much\"\n");
+    let error = w.engine().hold_size().unwrap_err().to_string();
+    assert!(error.contains("Cargo.toml: max-size = \"much\" is no size"), "{error}");
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
+use engine::gc::Keep;
 use engine::{Event, Options};
 use rustix::process::{Pid, Signal, kill_process};
 use workspace::{RECIPE, Workspace};
@@ -146,8 +147,8 @@ fn gc_does_not_disturb_a_build() {
     let w = Workspace::new(ONE_SLOW);
     let mut refused = None;
     w.build_with("r", &mut |event| {
-        if matches!(event, Event::Started { .. }) {
-            refused = w.engine().gc(Duration::ZERO, false).err().map(|e| e.to_string());
+        if matches!(event, Event::Note { text: "begins", .. }) {
+            refused = w.engine().gc(Keep::default(), false).err().map(|e| e.to_string());
         }
     })
     .unwrap();
@@ -288,7 +289,7 @@ fn start_builder(w: &Workspace) -> Child {
         .args(["builder", "--exact", "--nocapture", "--test-threads", "1"])
         .env("PROBE_WORKSPACE", w.path(""))
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
+        .stderr(Stdio::piped())
         .spawn()
         .unwrap()
 }
@@ -319,7 +320,7 @@ fn eight_builders_make_each_target_once() {
         let mut made = Vec::new();
         for builder in started {
             let output = builder.wait_with_output().unwrap();
-            assert!(output.status.success());
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             let text = String::from_utf8(output.stdout).unwrap();
             made.extend(text.lines().filter_map(|l| Some(l.split_once("made ")?.1.to_string())));
         }

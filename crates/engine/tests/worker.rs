@@ -42,15 +42,14 @@ fn fail(_: &Job) -> anyhow::Result<()> {
     Err(Failure::input("rows.txt:3: no verb in this sentence").hint("write one").into())
 }
 
-/// Writes half of its output, waits, writes the rest. Says when it begins and ends.
+/// Writes half of its output, waits, reads its input, writes the rest. Says when it begins and ends.
 fn slow(job: &Job) -> anyhow::Result<()> {
     job.note("begins");
-    let text = read(job, "text")?;
     let out = job.out().join("text.txt");
     std::fs::write(&out, "half")?;
     std::fs::write(job.scratch().join("checkpoint"), "1")?;
     std::thread::sleep(Duration::from_millis(400));
-    std::fs::write(&out, text)?;
+    std::fs::write(&out, read(job, "text")?)?;
     job.note("ends");
     Ok(())
 }

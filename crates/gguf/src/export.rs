@@ -98,7 +98,7 @@ mod tests {
         let input = step::definition::KnownInput {
             label: "m".into(),
             kind: Kind::Model,
-            facts: Facts { architecture: Some(architecture.into()) },
+            facts: Facts { architecture: Some(architecture.into()), ..Facts::default() },
         };
         (DEF.supports)(&params, &Known::from([("model".into(), vec![input])]))
             .map_err(|e| e.to_string())

@@ -116,6 +116,6 @@ impl Step for HuggingFace {
     }
 
     fn facts(&self, _: &Known) -> Facts {
-        Facts { architecture: self.architecture.clone() }
+        Facts { architecture: self.architecture.clone(), ..Facts::default() }
     }
 }

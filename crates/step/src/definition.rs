@@ -73,10 +73,10 @@ pub trait Step: Serialize + DeserializeOwned + JsonSchema {
         Vec::new()
     }
 
-    /// How many threads the step uses at most, if that is less than the machine has: the others
-    /// are free for another step.
-    fn threads(&self) -> Option<usize> {
-        None
+    /// What it takes of the machine, as far as that is known beforehand.
+    fn needs(&self, inputs: &Known) -> Needs {
+        let _ = inputs;
+        Needs::default()
     }
 
     /// Refuses by name what is declared but not built yet: an architecture, a dtype.
@@ -138,6 +138,28 @@ pub enum Rebuild {
 pub struct Facts {
     /// `model_type` of config.json: `llama`, `gemma3_text`.
     pub architecture: Option<String>,
+    /// Tokens of the vocabulary.
+    pub vocabulary: Option<usize>,
+    /// A model's config.json.
+    pub config: Option<Value>,
+}
+
+/// What a step takes of the machine while it runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// At most so many threads, and the others are free for another step; all of them, if it does
+    /// not say.
+    pub threads: Option<usize>,
+    /// Whether it computes on an accelerator where there is one: one step at a time has it.
+    pub accelerator: bool,
+    pub memory: Option<Memory>,
+}
+
+/// Bytes that a step needs at its peak, by where it computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Memory {
+    pub on_processor: u64,
+    pub on_accelerator: u64,
 }
 
 /// An input at plan time.
@@ -206,7 +228,7 @@ pub struct StepDef {
     pub facts: fn(&Value, &Known) -> Facts,
     pub supports: fn(&Value, &Known) -> Result<(), Unsupported>,
     pub programs: fn(&Value) -> Vec<String>,
-    pub threads: fn(&Value) -> Option<usize>,
+    pub needs: fn(&Value, &Known) -> Needs,
 }
 
 impl StepDef {
@@ -227,7 +249,7 @@ impl StepDef {
             facts: |params, inputs| typed::<S>(params).facts(inputs),
             supports: |params, inputs| typed::<S>(params).supports(inputs),
             programs: |params| typed::<S>(params).programs(),
-            threads: |params| typed::<S>(params).threads(),
+            needs: |params, inputs| typed::<S>(params).needs(inputs),
         }
     }
 }

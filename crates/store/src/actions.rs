@@ -5,6 +5,7 @@
 use std::fs;
 use std::io::{ErrorKind, Write};
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use step::{ActionKey, ActionResult, BlobDigest, canonical};
 use tempfile::NamedTempFile;
@@ -76,6 +77,11 @@ impl<'a> ActionCache<'a> {
         // The first result has lost its files: only then does a later one take its place.
         file.persist(&path).map_err(|e| io("write", &path)(e.error))?;
         Ok(result.clone())
+    }
+
+    /// When the result was written.
+    pub fn recorded(&self, key: ActionKey) -> Option<SystemTime> {
+        fs::metadata(self.path(key)).and_then(|m| m.modified()).ok()
     }
 
     /// Takes a result away; its files stay until gc.

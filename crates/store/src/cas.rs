@@ -2,7 +2,7 @@
 //!
 //! Knows nothing of actions. Blobs are read-only, and no name in `cas/` ever holds half a file.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, File, Metadata, Permissions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -12,6 +12,7 @@ use step::{BlobDigest, Entry, Tree, TreeDigest, canonical};
 use tempfile::NamedTempFile;
 
 use crate::error::io;
+use crate::stat_cache::{Stamp, known_digest};
 use crate::{Result, Store, StoreError};
 
 impl Store {
@@ -74,10 +75,27 @@ impl Store {
             ErrorKind::NotFound => StoreError::Missing { digest, path: path.clone() },
             _ => io("read", &path)(e),
         })?;
-        match hash(file).map_err(io("read", &path))?.0 == digest {
-            true => Ok(()),
+        let before = file.metadata().map_err(io("read", &path))?;
+        match hash(&file).map_err(io("read", &path))?.0 == digest {
+            true => {
+                let after = file.metadata().map_err(io("read", &path))?;
+                if Stamp::of(&before) == Stamp::of(&after) {
+                    self.follow(&path, &before, digest);
+                }
+                Ok(())
+            }
             false => Err(self.quarantine(digest, &path)),
         }
+    }
+
+    fn follow(&self, path: &Path, before: &Metadata, digest: BlobDigest) {
+        self.stat_cache.lock().expect("no panic while holding it").follow(path, before, digest);
+    }
+
+    /// Whether the blob is there as it was when it was hashed last.
+    fn is_known(&self, digest: BlobDigest) -> bool {
+        let known = known_digest(&self.stat_cache, &self.blob_path(digest));
+        known.is_ok_and(|known| known.is_some_and(|(known, _)| known == digest))
     }
 
     /// The files of an artifact, from the tree's own blob.
@@ -93,12 +111,13 @@ impl Store {
     /// Lays the files of `tree` out below `dest`, read-only: as clones where the file system has
     /// them, else as hard links, else as copies.
     ///
-    /// With `verify` every blob is hashed first. A blob that is missing or corrupt is an error
-    /// that names it by its path in the tree; `dest` is then incomplete.
+    /// With `verify` every blob that may have moved since it was hashed last is hashed first. A blob
+    /// that is missing or corrupt is an error that names it by its path in the tree; `dest` is then
+    /// incomplete.
     pub fn materialise(&self, tree: &Tree, dest: &Path, verify: bool) -> Result<()> {
         fs::create_dir_all(dest).map_err(io("create", dest))?;
         for entry in tree.entries() {
-            if verify {
+            if verify && !self.is_known(entry.digest) {
                 self.verify_blob(entry.digest).map_err(|e| in_tree(e, &entry.path))?;
             }
             let target = dest.join(&entry.path);
@@ -152,7 +171,10 @@ impl Store {
                     self.seal(&file, path)?;
                     let dest = self.blob_path(digest);
                     match in_folder(&dest, || fs::rename(path, &dest)) {
-                        Ok(()) => return Ok((digest, size)),
+                        Ok(()) => {
+                            self.follow(&dest, &metadata, digest);
+                            return Ok((digest, size));
+                        }
                         Err(e) if e.kind() == ErrorKind::CrossesDevices => {
                             self.put_copy(path)?;
                         }
@@ -205,8 +227,13 @@ impl Store {
             // Nor will it clone the next one.
             self.clones.store(false, Ordering::Relaxed);
         }
+        let before = blob.metadata().map_err(io("read", &source))?;
+        let known = self.stat_cache.lock().expect("no panic while holding it").get(&before);
         match fs::hard_link(&source, target) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                known.into_iter().for_each(|digest| self.follow(target, &before, digest));
+                Ok(())
+            }
             Err(e)
                 if e.kind() == ErrorKind::AlreadyExists || e.kind() == ErrorKind::StorageFull =>
             {

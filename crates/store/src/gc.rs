@@ -2,7 +2,7 @@
 //!
 //! Knows nothing of recipes: the caller says what is kept.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -23,11 +23,13 @@ pub enum Root {
     Tree(TreeDigest),
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct GcOptions<'a> {
     pub roots: &'a [Root],
     /// Results and checkpoints younger than this stay too.
     pub keep_newer: Duration,
+    /// Results that go however young they are, unless they are roots.
+    pub drop: &'a [ActionKey],
     /// Only tell.
     pub dry_run: bool,
 }
@@ -61,10 +63,16 @@ impl Store {
         report
     }
 
+    /// Bytes of all blobs.
+    pub fn size(&self) -> Result<u64> {
+        Ok(self.blobs()?.0.iter().map(|blob| blob.size).sum())
+    }
+
     fn sweep(&self, options: GcOptions<'_>) -> Result<GcReport> {
-        let sweeper = Sweeper { dry_run: options.dry_run, now: SystemTime::now() };
+        let mut sweeper = Sweeper::new(options.dry_run);
         let mut report = GcReport::default();
         let mut marked = HashSet::new();
+        let mut laid_out = HashSet::new();
         let mut kept_keys = HashSet::new();
         for root in options.roots {
             match root {
@@ -76,12 +84,14 @@ impl Store {
         }
         for key in self.actions().keys()? {
             let path = self.actions().path(key);
-            let wanted = kept_keys.contains(&key) || sweeper.is_younger(&path, options.keep_newer);
+            let young = sweeper.is_younger(&path, options.keep_newer);
+            let wanted = kept_keys.contains(&key) || (young && !options.drop.contains(&key));
             match self.actions().lookup(key)?.found() {
                 Some(result) if wanted => {
                     report.results_kept += 1;
                     self.mark_tree(result.output, &mut marked);
                     self.mark_tree(result.report, &mut marked);
+                    laid_out.extend([result.output, result.report].map(|tree| tree.to_string()));
                     marked.insert(result.log);
                     self.mark_action(key, &mut marked);
                 }
@@ -89,6 +99,12 @@ impl Store {
                     report.results_removed += 1;
                     report.bytes_freed += sweeper.remove(&path)?;
                 }
+            }
+        }
+        // Folders that link to a blob hold its space, so they go first.
+        for folder in sweeper.children(&self.root().join("trees"))? {
+            if !folder.file_name().is_some_and(|n| laid_out.contains(&*n.to_string_lossy())) {
+                report.bytes_freed += sweeper.remove(&folder)?;
             }
         }
         let (blobs, _) = self.blobs()?;
@@ -155,9 +171,15 @@ impl Store {
 struct Sweeper {
     dry_run: bool,
     now: SystemTime,
+    /// How many names of a file would be gone by now, in a dry run.
+    gone: HashMap<(u64, u64), u64>,
 }
 
 impl Sweeper {
+    fn new(dry_run: bool) -> Self {
+        Self { dry_run, now: SystemTime::now(), gone: HashMap::new() }
+    }
+
     fn is_younger(&self, path: &Path, age: Duration) -> bool {
         let modified = fs::metadata(path).and_then(|m| m.modified());
         modified.is_ok_and(|at| self.now.duration_since(at).map_or(true, |since| since < age))
@@ -165,6 +187,9 @@ impl Sweeper {
 
     fn children(&self, dir: &Path) -> Result<Vec<std::path::PathBuf>> {
         let mut paths = Vec::new();
+        if !dir.exists() {
+            return Ok(paths);
+        }
         for entry in fs::read_dir(dir).map_err(io("read", dir))? {
             paths.push(entry.map_err(io("read", dir))?.path());
         }
@@ -173,7 +198,7 @@ impl Sweeper {
     }
 
     /// Removes a file or a folder; returns the bytes given back.
-    fn remove(&self, path: &Path) -> Result<u64> {
+    fn remove(&mut self, path: &Path) -> Result<u64> {
         let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(0) };
         if metadata.is_dir() {
             let mut freed = 0;
@@ -185,10 +210,15 @@ impl Sweeper {
             }
             return Ok(freed);
         }
-        if !self.dry_run {
+        let mut names = metadata.nlink();
+        if self.dry_run {
+            let gone = self.gone.entry((metadata.dev(), metadata.ino())).or_default();
+            names -= *gone;
+            *gone += 1;
+        } else {
             fs::remove_file(path).map_err(io("remove", path))?;
         }
-        Ok(if metadata.nlink() == 1 { metadata.len() } else { 0 })
+        Ok(if names == 1 { metadata.len() } else { 0 })
     }
 }
 

@@ -9,6 +9,10 @@
 //! nothing in its metadata moved while it was hashed: any later change then has a later ctime.
 //! A younger file (racy, as git says) is hashed again each time until it is old enough.
 //!
+//! The store's own files are young whenever they come in or get another name, for a link moves their
+//! ctime. Theirs is followed through that: what was known before the link is known after it, and
+//! written down once the clock has moved on and the file has not.
+//!
 //! Not caught: pages written through a shared memory map that was dirty before the hashing began,
 //! and a clock set back to the exact nanosecond.
 
@@ -19,7 +23,8 @@ use std::io::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use step::BlobDigest;
 
@@ -31,6 +36,8 @@ use crate::{Result, StoreError};
 const HEADER: &str = "anneal stat-cache 1";
 /// The coarsest clock of a file system, in nanoseconds.
 const RACY: i128 = 2_000_000_000;
+/// The longest that the kernel's clock for files may stand still.
+const TICK: Duration = Duration::from_millis(20);
 /// Above this, entries that nobody asked for in this run are dropped.
 const PLENTY: usize = 200_000;
 
@@ -40,6 +47,15 @@ pub(crate) struct StatCache {
     /// Read when the first file is looked for.
     entries: Option<HashMap<(u64, u64), Known>>,
     changed: bool,
+    /// The store's own files that this process hashed or linked: known here, not yet to others.
+    young: HashMap<(u64, u64), Young>,
+}
+
+#[derive(Debug)]
+struct Young {
+    path: PathBuf,
+    stamp: Stamp,
+    digest: BlobDigest,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -75,7 +91,7 @@ impl Stamp {
 
 impl StatCache {
     pub(crate) fn at(path: PathBuf) -> Self {
-        Self { path, entries: None, changed: false }
+        Self { path, entries: None, changed: false, young: HashMap::new() }
     }
 
     fn entries(&mut self) -> &mut HashMap<(u64, u64), Known> {
@@ -92,9 +108,49 @@ impl StatCache {
 
     /// The digest of the file with this metadata, if it is known for sure.
     pub(crate) fn get(&mut self, metadata: &Metadata) -> Option<BlobDigest> {
-        let known = self.entries().get_mut(&(metadata.dev(), metadata.ino()))?;
+        let (file, stamp) = ((metadata.dev(), metadata.ino()), Stamp::of(metadata));
+        if let Some(young) = self.young.get(&file).filter(|young| young.stamp == stamp) {
+            return Some(young.digest);
+        }
+        let known = self.entries().get_mut(&file)?;
         known.used = true;
-        (known.stamp == Stamp::of(metadata)).then_some(known.digest)
+        (known.stamp == stamp).then_some(known.digest)
+    }
+
+    /// Follows a file of the store that was `before` and had `digest`: it has been given the name
+    /// `path`, which moved nothing but its ctime.
+    pub(crate) fn follow(&mut self, path: &Path, before: &Metadata, digest: BlobDigest) {
+        let Ok(after) = fs::metadata(path) else { return };
+        let (was, stamp) = (Stamp::of(before), Stamp::of(&after));
+        if before.ino() == after.ino() && (was.size, was.mtime) == (stamp.size, stamp.mtime) {
+            let young = Young { path: path.into(), stamp, digest };
+            self.young.insert((after.dev(), after.ino()), young);
+        }
+    }
+
+    /// Writes down the young ones that have not moved since. A file system whose clock is coarse
+    /// shows whole seconds: there they stay unknown.
+    fn grow_up(&mut self) {
+        let young = std::mem::take(&mut self.young);
+        let Some(latest) = young.values().map(|young| young.stamp.ctime).max() else { return };
+        if latest % 1_000_000_000 == 0 {
+            return;
+        }
+        // The kernel stamps files by a clock of its own, which ticks every few milliseconds.
+        let deadline = Instant::now() + TICK;
+        while coarse_now() <= latest {
+            if Instant::now() > deadline {
+                return;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        for Young { path, stamp, digest } in young.into_values() {
+            if let Ok(metadata) = fs::metadata(&path)
+                && Stamp::of(&metadata) == stamp
+            {
+                self.insert(&metadata, digest);
+            }
+        }
     }
 
     fn insert(&mut self, metadata: &Metadata, digest: BlobDigest) {
@@ -105,6 +161,7 @@ impl StatCache {
 
     /// Replaces the file, if there is something new. A cache that cannot be written is no error.
     pub(crate) fn save(&mut self, tmp: &Path) {
+        self.grow_up();
         if !self.changed {
             return;
         }
@@ -150,6 +207,17 @@ pub(crate) fn hash_file(cache: &Mutex<StatCache>, path: &Path) -> Result<(BlobDi
         cache.lock().expect("no panic while holding it").insert(&after, digest);
     }
     Ok((digest, size))
+}
+
+/// The clock by which the kernel stamps files.
+fn coarse_now() -> i128 {
+    #[cfg(target_os = "linux")]
+    {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
+        i128::from(time.tv_sec) * 1_000_000_000 + i128::from(time.tv_nsec)
+    }
+    #[cfg(not(target_os = "linux"))]
+    now()
 }
 
 fn now() -> i128 {
@@ -201,5 +269,34 @@ mod tests {
             fs::write(&path, &text).unwrap();
             assert_eq!(StatCache::at(path.clone()).entries().len(), entries, "{text}");
         }
+    }
+
+    #[test]
+    fn the_stores_own_files_are_known_through_links_and_reopening() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || crate::Store::open(&dir.path().join("v1")).unwrap();
+        let (made, laid_out) = (dir.path().join("made"), dir.path().join("laid-out"));
+        fs::create_dir(&made).unwrap();
+        fs::write(made.join("file"), "bytes").unwrap();
+        let store = open();
+        let tree = store.ingest(&made).unwrap();
+        store.materialise(&tree, &laid_out, true).unwrap();
+        drop(store);
+
+        let store = open();
+        let (file, blob) = (laid_out.join("file"), store.blob_path(tree.entries()[0].digest));
+        let known = |path: &Path| known_digest(&store.stat_cache, path).unwrap().map(|k| k.0);
+        assert_eq!(known(&blob), Some(tree.entries()[0].digest));
+        assert_eq!(known(&file), known(&blob));
+
+        // Altered within the same size, its mtime restored.
+        let modified = fs::metadata(&blob).unwrap().modified().unwrap();
+        fs::set_permissions(&blob, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+        let mut altered = File::options().write(true).open(&blob).unwrap();
+        altered.write_all(b"BYTES").unwrap();
+        altered.set_modified(modified).unwrap();
+        assert_eq!(known(&blob), None);
+        let again = store.materialise(&tree, &dir.path().join("again"), true);
+        assert!(matches!(again, Err(StoreError::Corrupt { .. })), "{again:?}");
     }
 }

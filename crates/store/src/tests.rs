@@ -375,7 +375,7 @@ fn gc_keeps_what_can_be_reached() {
     fs::write(dead.join("half"), "half").unwrap();
 
     let roots = [Root::Action(kept.key()), Root::Action(waiting.key()), Root::Tree(loose.digest())];
-    let options = |dry_run| GcOptions { roots: &roots, keep_newer: Duration::ZERO, dry_run };
+    let options = |dry_run| GcOptions { roots: &roots, dry_run, ..GcOptions::default() };
     let told = store.gc(options(true)).unwrap();
     assert!(store.has(BlobDigest::of(b"dropped")) && dead.exists(), "a dry run removes nothing");
     assert_eq!(store.gc(options(false)).unwrap(), told);
@@ -395,15 +395,18 @@ fn gc_keeps_what_can_be_reached() {
     assert!(living.path().exists() && !dead.exists());
     assert!(store.scrub(&mut |_| {}).unwrap().lost.is_empty());
 
-    let young = GcOptions { roots: &[], keep_newer: Duration::from_secs(3600), dry_run: true };
+    let hour = Duration::from_secs(3600);
+    let young = GcOptions { keep_newer: hour, dry_run: true, ..GcOptions::default() };
     assert_eq!(store.gc(young).unwrap().results_removed, 0);
+    let but_one = GcOptions { drop: &[kept.key()], ..young };
+    assert_eq!(store.gc(but_one).unwrap().results_removed, 1);
 }
 
 #[test]
 fn gc_waits_for_no_one_and_disturbs_no_one() {
     let sandbox = Sandbox::new();
     let other = Store::open(sandbox.store.root()).unwrap();
-    let options = GcOptions { roots: &[], keep_newer: Duration::ZERO, dry_run: false };
+    let options = GcOptions::default();
     assert!(matches!(sandbox.store.gc(options), Err(StoreError::Busy { .. })));
     drop(other);
     sandbox.store.gc(options).unwrap();
@@ -523,7 +526,7 @@ fn a_kill_leaves_no_half_blob() {
         let report = sandbox.store.scrub(&mut |_| {}).unwrap();
         assert_eq!((report.corrupt.len(), report.strangers.len()), (0, 0));
         blobs = report.blobs;
-        let options = GcOptions { roots: &[], keep_newer: Duration::ZERO, dry_run: false };
+        let options = GcOptions::default();
         let swept = sandbox.store.gc(options).unwrap();
         assert!(swept.attempts_removed <= 1);
         assert_eq!(fs::read_dir(root.join("tmp")).unwrap().count(), 0);

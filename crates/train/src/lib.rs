@@ -3,6 +3,7 @@
 //! The light half: what the steps take. Knows nothing of libtorch, which only the worker links.
 
 pub mod lora;
+mod memory;
 pub mod pretrain;
 pub mod training;
 

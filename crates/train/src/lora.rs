@@ -2,13 +2,17 @@
 //!
 //! Knows nothing of libtorch: the worker does the training.
 
+use std::path::Path;
+
+use checkpoint::config::Config;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use step::definition::{InputDef, Known, ParamError, Platform, Step, Unsupported};
+use step::definition::{InputDef, Known, Needs, ParamError, Platform, Step, Unsupported};
 use step::kind::Kind;
 
-use crate::training::{over, training_step};
+use crate::memory;
+use crate::training::{Device, over, training_step};
 
 training_step! {
     /// What the adapter is, and how it is trained.
@@ -104,6 +108,13 @@ impl Step for Lora {
             .hint(known_targets()));
         }
         self.training().validate()
+    }
+
+    fn needs(&self, inputs: &Known) -> Needs {
+        let config = inputs.get("base").and_then(|base| base.first()?.facts.config.as_ref());
+        let config = config.and_then(|config| Config::of(config, Path::new("config.json")).ok());
+        let memory = config.map(|config| memory::lora(&config, self));
+        Needs { accelerator: self.device != Device::Cpu, memory, ..Needs::default() }
     }
 
     fn supports(&self, inputs: &Known) -> Result<(), Unsupported> {

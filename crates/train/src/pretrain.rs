@@ -2,11 +2,13 @@
 //!
 //! Knows nothing of libtorch: the worker does the training.
 
+use checkpoint::config::{Architecture, Config};
 use serde_json::{Map, Value, json};
-use step::definition::{Facts, InputDef, Known, ParamError, Platform, Step, Unsupported};
+use step::definition::{Facts, InputDef, Known, Needs, ParamError, Platform, Step, Unsupported};
 use step::kind::Kind;
 
-use crate::training::{over, training_step};
+use crate::memory;
+use crate::training::{Device, over, training_step};
 
 training_step! {
     /// The shape of the model, how it starts, how it is trained.
@@ -88,13 +90,54 @@ impl Step for Pretrain {
         self.training().validate()
     }
 
-    fn facts(&self, _: &Known) -> Facts {
-        Facts { architecture: Some(self.architecture.clone()) }
+    fn facts(&self, inputs: &Known) -> Facts {
+        let vocabulary = vocabulary(inputs);
+        let config = vocabulary.and_then(|size| self.config(size));
+        Facts {
+            architecture: Some(self.architecture.clone()),
+            vocabulary,
+            config: config.map(|config| config.to_json()),
+        }
+    }
+
+    fn needs(&self, inputs: &Known) -> Needs {
+        let config = vocabulary(inputs).and_then(|size| self.config(size));
+        let memory = config.map(|config| memory::pretrain(&config, &self.training()));
+        Needs { accelerator: self.device != Device::Cpu, memory, ..Needs::default() }
     }
 
     fn supports(&self, _: &Known) -> Result<(), Unsupported> {
         crate::architecture_is_built(&self.architecture)
     }
+}
+
+impl Pretrain {
+    /// The model's shape with a vocabulary of so many tokens, none of them special yet; `None` if
+    /// the architecture is not built.
+    pub fn config(&self, vocab_size: usize) -> Option<Config> {
+        Some(Config {
+            architecture: Architecture::of(&self.architecture)?,
+            hidden_size: self.hidden_size,
+            num_layers: self.num_layers,
+            num_heads: self.num_heads,
+            num_kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+            intermediate_size: self.intermediate_size,
+            vocab_size,
+            max_positions: self.max_positions,
+            rms_norm_eps: self.rms_norm_eps,
+            rope_theta: self.rope_theta,
+            tied: self.tied,
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+            pad_token_id: None,
+            dtype: "bfloat16".into(),
+        })
+    }
+}
+
+fn vocabulary(inputs: &Known) -> Option<usize> {
+    inputs.get("tokenizer")?.first()?.facts.vocabulary
 }
 
 fn defaults() -> Value {

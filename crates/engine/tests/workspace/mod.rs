@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use engine::{Engine, Event, Graph, Options, Outcome, Registry, Status, TargetId, Workers};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use step::{BlobDigest, Family, InputDef, Kind, Step, StepDef};
+use step::{BlobDigest, Family, InputDef, Kind, Known, Needs, Step, StepDef};
 
 macro_rules! demo_step {
     ($type:ident, $name:literal, $threads:expr) => {
@@ -26,8 +26,8 @@ macro_rules! demo_step {
                 &[InputDef::one("text", &[Kind::Files]), InputDef::many("more", &[Kind::Files])];
             const OUTPUT: Kind = Kind::Files;
 
-            fn threads(&self) -> Option<usize> {
-                $threads
+            fn needs(&self, _: &Known) -> Needs {
+                Needs { threads: $threads, ..Needs::default() }
             }
         }
     };

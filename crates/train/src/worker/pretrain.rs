@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use checkpoint::chat::Tokenizer;
-use checkpoint::config::{Architecture, Config};
+use checkpoint::config::Config;
 use checkpoint::weights::Dtype;
 use serde_json::{Value, json};
 use step::Failure;
@@ -71,23 +71,14 @@ fn first_std(params: &Pretrain, name: &str) -> Option<f64> {
 fn config(params: &Pretrain, tokenizer: &Path) -> Result<Config> {
     let tokens = Tokenizer::from_dir(tokenizer).map_err(Failure::from)?;
     let special = SpecialTokens::read(tokenizer)?;
+    let config = params.config(tokens.vocab_size()).ok_or_else(|| {
+        Failure::bug(format!("architecture {} is not built", params.architecture))
+    })?;
     Ok(Config {
-        architecture: Architecture::Llama,
-        hidden_size: params.hidden_size,
-        num_layers: params.num_layers,
-        num_heads: params.num_heads,
-        num_kv_heads: params.num_kv_heads,
-        head_dim: params.head_dim,
-        intermediate_size: params.intermediate_size,
-        vocab_size: tokens.vocab_size(),
-        max_positions: params.max_positions,
-        rms_norm_eps: params.rms_norm_eps,
-        rope_theta: params.rope_theta,
-        tied: params.tied,
         bos_token_id: special.id("bos_token"),
         eos_token_ids: tokens.end_ids(),
         pad_token_id: special.id("pad_token"),
-        dtype: "bfloat16".into(),
+        ..config
     })
 }
 
