@@ -52,6 +52,11 @@ fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     out
 }
 
+/// In memory, where there is a disk for that: to sync a real one takes most of the time.
+fn memory() -> TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
 // ── any folder ──
 
 #[derive(Debug, Clone)]
@@ -158,12 +163,15 @@ proptest! {
         for linked in fs::read_dir(&outside).unwrap() {
             fs::write(linked.unwrap().path(), "other").unwrap();
         }
-        store.materialise(&kept, &out, true).unwrap();
-        prop_assert!(contents(&out) == expected);
-        prop_assert_eq!(store.hash_path(&out).unwrap().digest(), kept.digest());
-        for path in expected.keys() {
-            let mode = fs::metadata(out.join(path)).unwrap().permissions().mode();
-            prop_assert_eq!(mode & 0o777, 0o444, "{}", path);
+        let elsewhere = memory();
+        for out in [out, elsewhere.path().join("out")] {
+            store.materialise(&kept, &out, true).unwrap();
+            prop_assert!(contents(&out) == expected);
+            prop_assert_eq!(store.hash_path(&out).unwrap().digest(), kept.digest());
+            for path in expected.keys() {
+                let mode = fs::metadata(out.join(path)).unwrap().permissions().mode();
+                prop_assert_eq!(mode & 0o777, 0o444, "{}", path);
+            }
         }
     }
 }
@@ -241,11 +249,6 @@ fn op(damage: u32) -> impl Strategy<Value = Op> {
         1 => Just(Op::Scrub),
         1 => Just(Op::Reopen),
     ]
-}
-
-/// In memory, where there is a disk for that: to sync a real one takes most of the time.
-fn memory() -> TempDir {
-    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
 /// A store, and the folder that all of it is in.
