@@ -532,9 +532,7 @@ impl Engine {
             threads: threads_here(),
         };
         for dir in [&request.out, &request.report] {
-            std::fs::create_dir_all(dir).map_err(|e| {
-                Failure::environment(format!("cannot create {}: {e}", dir.display()))
-            })?;
+            std::fs::create_dir_all(dir).map_err(cannot("create", dir))?;
         }
         Ok(request)
     }
@@ -846,9 +844,16 @@ fn git(root: &Path) -> (Option<String>, bool) {
     (ask(&["rev-parse", "HEAD"]), dirty)
 }
 
+/// Names the act and the path of an I/O error; a full disk has its hint.
+fn cannot(act: &'static str, path: &Path) -> impl Fn(std::io::Error) -> Failure {
+    move |e| {
+        let error = anyhow::Error::new(e).context(format!("cannot {act} {}", path.display()));
+        Failure::from_anyhow(&error)
+    }
+}
+
 fn remove(path: &Path) -> Result<(), Failure> {
-    std::fs::remove_dir_all(path)
-        .map_err(|e| Failure::environment(format!("cannot remove {}: {e}", path.display())))
+    std::fs::remove_dir_all(path).map_err(cannot("remove", path))
 }
 
 /// Moves a finished folder to its place. Somebody else may have been there first.
@@ -857,32 +862,26 @@ fn rename(from: &Path, to: &Path) -> Result<(), Failure> {
     std::fs::create_dir_all(parent)
         .and_then(|()| std::fs::rename(from, to))
         .or_else(|e| if to.is_dir() { Ok(()) } else { Err(e) })
-        .map_err(|e| Failure::environment(format!("cannot write {}: {e}", to.display())))
+        .map_err(cannot("write", to))
 }
 
 pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
-    let io = |e| {
-        let error = anyhow::Error::new(e).context(format!("cannot write {}", path.display()));
-        Failure::from_anyhow(&error)
-    };
+    let io = cannot("write", path);
     let partial = path.with_extension(format!("{}.tmp", unique()));
-    std::fs::create_dir_all(path.parent().expect("a file in a folder")).map_err(io)?;
-    std::fs::write(&partial, bytes).map_err(io)?;
+    std::fs::create_dir_all(path.parent().expect("a file in a folder")).map_err(&io)?;
+    std::fs::write(&partial, bytes).map_err(&io)?;
     std::fs::rename(&partial, path).map_err(io)
 }
 
 /// A link at `at` that says `to`, put there in one move. Relative, so that the workspace may move.
 fn symlink(to: &Path, at: &Path) -> Result<(), Failure> {
-    let io = |e| {
-        let error = anyhow::Error::new(e).context(format!("cannot link {}", at.display()));
-        Failure::from_anyhow(&error)
-    };
+    let io = cannot("link", at);
     let name = to.file_name().expect("trees have names");
     let version = Path::new("..").join(format!("v{}", store::FORMAT)).join("trees").join(name);
     let partial = at.with_file_name(format!(".{}.tmp", unique()));
-    std::fs::create_dir_all(at.parent().expect("a link in a folder")).map_err(io)?;
+    std::fs::create_dir_all(at.parent().expect("a link in a folder")).map_err(&io)?;
     let _ = std::fs::remove_file(&partial);
-    std::os::unix::fs::symlink(&version, &partial).map_err(io)?;
+    std::os::unix::fs::symlink(&version, &partial).map_err(&io)?;
     std::fs::rename(&partial, at).map_err(io)
 }
 

@@ -24,8 +24,8 @@ fn main() -> ExitCode {
 /// The input's text in capitals. Counts its runs in a file beside the input's origin.
 fn upper(job: &Job) -> anyhow::Result<()> {
     let text = read(job, "text")?;
-    std::fs::write(job.out().join("text.txt"), text.to_uppercase())?;
-    std::fs::write(job.report().join("when.txt"), format!("{:?}", std::time::SystemTime::now()))?;
+    write(&job.out().join("text.txt"), text.to_uppercase())?;
+    write(&job.report().join("when.txt"), format!("{:?}", std::time::SystemTime::now()))?;
     job.metric("letters", text.chars().count() as f64);
     job.note("done");
     Ok(())
@@ -91,6 +91,10 @@ fn nosy(job: &Job) -> anyhow::Result<()> {
         text += &format!("{what}: {}\n", said(result));
     }
     Ok(std::fs::write(job.out().join("text.txt"), text)?)
+}
+
+fn write(path: &Path, text: String) -> anyhow::Result<()> {
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// The text of all files below an input, in the order of their paths.

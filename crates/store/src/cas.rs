@@ -253,6 +253,10 @@ impl Store {
         let quarantine = self.root.join("quarantine").join(digest.to_string());
         match fs::rename(path, &quarantine) {
             Ok(()) => StoreError::Corrupt { digest, path: path.to_path_buf(), quarantine },
+            // Whoever found it out at the same time was faster.
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                StoreError::Missing { digest, path: path.to_path_buf() }
+            }
             Err(e) => io("quarantine the corrupt", path)(e),
         }
     }

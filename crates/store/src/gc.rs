@@ -148,9 +148,9 @@ impl Store {
     }
 
     fn mark_tree(&self, digest: TreeDigest, marked: &mut HashSet<BlobDigest>) {
-        if marked.insert(BlobDigest::from_bytes(*digest.as_bytes()))
-            && let Ok(tree) = self.tree(digest)
-        {
+        // Marked it may be without its files: as the input of an action.
+        marked.insert(BlobDigest::from_bytes(*digest.as_bytes()));
+        if let Ok(tree) = self.tree(digest) {
             marked.extend(tree.entries().iter().map(|e| e.digest));
         }
     }

@@ -48,7 +48,7 @@ impl Store {
 /// A lock file, made if absent. Rust opens files close-on-exec, so no worker inherits the lock.
 pub(crate) fn open(path: &Path) -> Result<File> {
     let writable = OpenOptions::new().create(true).append(true).open(path);
-    writable.or_else(|_| File::open(path)).map_err(io("lock", path))
+    writable.or_else(|why| File::open(path).map_err(|_| why)).map_err(io("lock", path))
 }
 
 /// Whether the lock was had. File systems without locks count as having given it: they are rare,

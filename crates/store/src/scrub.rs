@@ -3,6 +3,7 @@
 //! Knows nothing of how to make a lost file again.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
@@ -86,7 +87,8 @@ impl Store {
                 at.blobs += 1;
                 at.bytes += size;
                 match checked {
-                    Ok(()) => {}
+                    // One that was taken away meanwhile is told of where a result lacks it.
+                    Ok(()) | Err(StoreError::Missing { .. }) => {}
                     Err(StoreError::Corrupt { .. }) => report.corrupt.push(digest),
                     Err(other) => report.unreadable.push(other),
                 }
@@ -114,7 +116,12 @@ impl Store {
                 let digest = path.file_name().and_then(|n| n.to_str()?.parse().ok());
                 match digest.filter(|d| self.blob_path(*d) == path) {
                     Some(digest) => {
-                        let size = fs::metadata(&path).map_err(io("read", &path))?.len();
+                        let size = match fs::metadata(&path) {
+                            Ok(metadata) => metadata.len(),
+                            // Taken away meanwhile: others may use the store.
+                            Err(e) if e.kind() == ErrorKind::NotFound => continue,
+                            Err(e) => return Err(io("read", &path)(e)),
+                        };
                         blobs.push(Lying { digest, path, size });
                     }
                     None => strangers.push(path),

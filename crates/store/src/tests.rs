@@ -403,6 +403,30 @@ fn gc_keeps_what_can_be_reached() {
 }
 
 #[test]
+fn gc_keeps_the_files_of_a_result_that_is_an_input_too() {
+    let sandbox = Sandbox::new();
+    let store = &sandbox.store;
+    let first = action("test/first");
+    let result = sandbox.result(&first, &[("weights", "weights")]);
+    store.actions().record(&result).unwrap();
+    // Results are gone through by key: some of these come before the first one.
+    let later = |i: u8| Action {
+        inputs: [("model".to_string(), result.output)].into(),
+        ..action(&format!("test/later-{i}"))
+    };
+    let later: Vec<Action> = (0..16).map(later).collect();
+    assert!(later.iter().any(|a| a.key() < first.key()));
+    for action in &later {
+        store.put_action(action).unwrap();
+        store.actions().record(&sandbox.result(action, &[("other", "other")])).unwrap();
+    }
+    let roots: Vec<Root> = later.iter().chain([&first]).map(|a| Root::Action(a.key())).collect();
+    let options = GcOptions { roots: &roots, keep_newer: Duration::ZERO, dry_run: false };
+    store.gc(options).unwrap();
+    assert_eq!(store.actions().lookup(first.key()).unwrap().found(), Some(result));
+}
+
+#[test]
 fn gc_waits_for_no_one_and_disturbs_no_one() {
     let sandbox = Sandbox::new();
     let other = Store::open(sandbox.store.root()).unwrap();
