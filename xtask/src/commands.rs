@@ -104,8 +104,7 @@ fn build(
     let mut display = Display::new(json, &graph);
     let outcome = engine.build(&graph, options, &mut |event| display.event(&event))?;
     display.summary(engine, &outcome);
-    if outcome.built.iter().any(|built| built.ran)
-        && let Some(swept) = engine.hold_size()?
+    if let Some(swept) = engine.hold_size()?
         && !json
     {
         eprintln!("the store was full: old results went, {}", display::bytes(swept.bytes_freed));

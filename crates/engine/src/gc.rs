@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use step::{ActionKey, ActionResult, BlobDigest, Failure, TreeDigest};
 use store::{GcOptions, GcReport, Root, StoreError};
 
+use crate::execute::write_atomic;
 use crate::{Engine, Error};
 
 /// What gc keeps beside what targets' names stand for. By default, nothing.
@@ -39,8 +40,17 @@ impl Engine {
     /// Holds the store to the `max-size` of `[workspace.metadata.anneal]`, if there is one and
     /// nobody else has the store open: whoever comes last does it. Tells what went.
     pub fn hold_size(&self) -> Result<Option<GcReport>, Error> {
-        let Some(max_size) = self.max_size()? else { return Ok(None) };
-        if self.store().size()? <= max_size {
+        let added = self.store().take_added();
+        let Some(max_size) = self.max_size()?.filter(|_| added > 0) else { return Ok(None) };
+        // No less than the store has: to look at every file takes longer than many a build.
+        let bound = self.store().root().join("size");
+        let known = std::fs::read_to_string(&bound).ok().and_then(|text| text.parse::<u64>().ok());
+        let mut size = known.unwrap_or(u64::MAX).saturating_add(added);
+        if size > max_size {
+            size = self.store().size()?;
+        }
+        write_atomic(&bound, size.to_string().as_bytes())?;
+        if size <= max_size {
             return Ok(None);
         }
         let keep = Keep { newer: Duration::MAX, max_size: Some(max_size) };

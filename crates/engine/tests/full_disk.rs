@@ -9,7 +9,6 @@ mod workspace;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use engine::{Engine, Error, Options, Outcome, Workers};
 use rustix::fs::{FallocateFlags, StatVfs, fallocate, statvfs};
@@ -140,7 +139,9 @@ fn fill(ballast: &Ballast, leave: impl Fn(u64)) -> u64 {
         if w.path("artifacts/v1/locks/store").exists() {
             let engine = w.engine();
             assert_whole(&engine);
-            engine.gc(Duration::ZERO, false).unwrap_or_else(|e| panic!("{left} left: {e}"));
+            engine
+                .gc(engine::gc::Keep::default(), false)
+                .unwrap_or_else(|e| panic!("{left} left: {e}"));
         }
         ballast.release();
         if built.is_ok() {

@@ -378,6 +378,12 @@ pub(crate) fn tree_name(prefix: &str, path: &Path) -> Result<String> {
         path: path.to_path_buf(),
         what: "a name that is not Unicode",
     })?;
+    if name.contains('\\') {
+        return Err(StoreError::Refused {
+            path: path.to_path_buf(),
+            what: "a name with a backslash",
+        });
+    }
     Ok(if prefix.is_empty() { name.to_string() } else { format!("{prefix}/{name}") })
 }
 

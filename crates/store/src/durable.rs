@@ -11,6 +11,7 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::FlockOperation;
@@ -32,6 +33,8 @@ pub(crate) struct Mark {
 impl Store {
     /// To be called before a file gets its name in the store.
     pub(crate) fn goes_in(&self, file: &File, path: &Path) -> Result<()> {
+        let size = file.metadata().map_err(io("write", path))?.len();
+        self.added.fetch_add(size, Ordering::Relaxed);
         let mut mark = self.mark.lock().expect("no panic while holding it");
         if mark.is_none() {
             let Some(boot) = boot() else {
@@ -41,6 +44,11 @@ impl Store {
             *mark = Some(self.put_mark(&boot)?);
         }
         Ok(())
+    }
+
+    /// Bytes that have come in through this store since it was asked last.
+    pub fn take_added(&self) -> u64 {
+        self.added.swap(0, Ordering::Relaxed)
     }
 
     fn put_mark(&self, boot: &str) -> Result<Mark> {

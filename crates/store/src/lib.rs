@@ -9,6 +9,7 @@
 //!   actions/ab/<key>.json   one ActionResult each, written once
 //!   attempts/<unique>/ where a running step works; dies with it
 //!   scratch/<key>/     what a killed attempt leaves to the next one: checkpoints
+//!   trees/             artifacts laid out for steps and people: links to blobs, made again at need
 //!   tools/             fetched tools, unpacked; kept by their owner
 //!   quarantine/        blobs that no longer had their digest, kept as evidence until gc
 //!   tmp/               files on their way into the store
@@ -38,7 +39,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use rustix::fs::FlockOperation;
 use step::{ActionKey, BlobDigest};
@@ -66,6 +67,8 @@ pub struct Store {
     stat_cache: Mutex<StatCache>,
     /// Whether the file system shares the blocks of two files, as far as is known.
     clones: AtomicBool,
+    /// Bytes that came in.
+    added: AtomicU64,
     /// There while data may not be on disk yet.
     mark: Mutex<Option<durable::Mark>>,
     /// Held shared for as long as the store is open; [`Store::gc`] needs it for itself alone.
@@ -97,6 +100,7 @@ impl Store {
             root,
             stat_cache,
             clones: AtomicBool::new(true),
+            added: AtomicU64::new(0),
             mark: Mutex::new(None),
             presence,
         };

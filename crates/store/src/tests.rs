@@ -421,7 +421,7 @@ fn gc_keeps_the_files_of_a_result_that_is_an_input_too() {
         store.actions().record(&sandbox.result(action, &[("other", "other")])).unwrap();
     }
     let roots: Vec<Root> = later.iter().chain([&first]).map(|a| Root::Action(a.key())).collect();
-    let options = GcOptions { roots: &roots, keep_newer: Duration::ZERO, dry_run: false };
+    let options = GcOptions { roots: &roots, ..GcOptions::default() };
     store.gc(options).unwrap();
     assert_eq!(store.actions().lookup(first.key()).unwrap().found(), Some(result));
 }

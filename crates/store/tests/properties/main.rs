@@ -436,7 +436,7 @@ fn root(kept: &Kept) -> Root {
 
 fn options(roots: &[Root], young: bool, dry_run: bool) -> GcOptions<'_> {
     let keep_newer = if young { Duration::from_secs(3600) } else { Duration::ZERO };
-    GcOptions { roots, keep_newer, dry_run }
+    GcOptions { roots, keep_newer, dry_run, ..GcOptions::default() }
 }
 
 fn nth(blobs: &BTreeMap<BlobDigest, Vec<u8>>, which: usize) -> Option<BlobDigest> {
