@@ -94,16 +94,25 @@ fn build(
     options: Options,
     json: bool,
 ) -> anyhow::Result<ExitCode> {
-    if !json && let Some(targets) = engine.up_to_date(&options.words) {
-        println!("{}", display::up_to_date(targets));
-        return Ok(ExitCode::SUCCESS);
-    }
-    let graph = resolve(engine, targets)?;
+    // With --json each target has its line, and of few targets each is worth one anyway.
+    const MANY: usize = 100;
+    let (graph, resting) = match engine.remembered(&options.words).filter(|_| !json) {
+        Some(known) if known.moved.is_empty() => {
+            println!("{}", display::up_to_date(known.all));
+            return Ok(ExitCode::SUCCESS);
+        }
+        Some(known) if known.all > MANY => {
+            let graph = engine.resolver().graph(&known.moved)?;
+            let resting = known.all - graph.nodes.len();
+            (graph, resting)
+        }
+        _ => (resolve(engine, targets)?, 0),
+    };
     let running = engine.running();
     signals::stop(engine.running())?;
     let mut display = Display::new(json, &graph);
     let outcome = engine.build(&graph, options, &mut |event| display.event(&event))?;
-    display.summary(engine, &outcome);
+    display.summary(engine, &outcome, resting);
     if let Some(swept) = engine.hold_size()?
         && !json
     {

@@ -120,7 +120,8 @@ impl Display {
         }
     }
 
-    pub fn summary(&mut self, engine: &Engine, outcome: &Outcome) {
+    /// What came of a build, beside which so many targets were known to be made.
+    pub fn summary(&mut self, engine: &Engine, outcome: &Outcome, resting: usize) {
         self.clear();
         let Outcome { built, failed, lost } = outcome;
         let ran = built.iter().filter(|b| b.ran).count();
@@ -132,7 +133,7 @@ impl Display {
             return;
         }
         if ran == 0 && failed.is_empty() {
-            println!("{}", up_to_date(built.len()));
+            println!("{}", up_to_date(built.len() + resting));
             return;
         }
         // Of many targets, only those that something happened to.
@@ -171,7 +172,7 @@ impl Display {
             println!(
                 "\n{} made, {} cached; {} is in {}",
                 ran,
-                built.len() - ran,
+                built.len() + resting - ran,
                 last.id,
                 link.display()
             );

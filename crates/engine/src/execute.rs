@@ -35,7 +35,7 @@ pub struct Options {
     pub keep_going: bool,
     /// How many threads steps may use together; all that the machine has, if not said.
     pub threads: Option<usize>,
-    /// The words that the targets were asked for with: [`Engine::up_to_date`] may then answer the
+    /// The words that the targets were asked for with: [`Engine::remembered`] may then answer the
     /// same question next time. None: nothing is remembered.
     pub words: Vec<String>,
 }
@@ -606,7 +606,10 @@ impl Engine {
         Ok(digest)
     }
 
-    fn family_code(&self, family: &str) -> Result<CodeDigest, Failure> {
+    pub(crate) fn family_code(&self, family: &str) -> Result<CodeDigest, Failure> {
+        if let Some(code) = self.code_remembered(family) {
+            return Ok(code);
+        }
         self.code()?.as_mut().expect("it was read").family(family)
     }
 

@@ -14,16 +14,16 @@ use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
-use step::{ActionKey, BlobDigest, TreeDigest};
+use step::{ActionKey, BlobDigest, CodeDigest, TreeDigest};
 
-use crate::execute::Built;
+use crate::execute::{Built, threads_here};
 use crate::resolve::{Graph, Node, Origin};
 use crate::stamp::Stamp;
 use crate::target::TargetId;
 use crate::{Engine, held};
 
 /// Another one means another layout, and nothing remembered.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 const AT_REST: Duration = Duration::from_secs(2);
 /// Overrides of tools: whoever sets one may change what lies behind it in ways not watched here.
 const OVERRIDES: [(&str, &str); 2] = [("libtorch", "LIBTORCH"), ("onnxruntime", "ORT_DYLIB_PATH")];
@@ -42,6 +42,8 @@ pub(crate) struct Fresh {
     tools: BTreeSet<String>,
     /// What every target hangs on: the program, the code, the recipes.
     all: Vec<Seen>,
+    /// The code of each family.
+    codes: BTreeMap<String, CodeDigest>,
     targets: HashMap<TargetId, Target>,
 }
 
@@ -58,6 +60,15 @@ struct Target {
     seen: Vec<Seen>,
 }
 
+/// What is known of targets that were found made before.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Remembered {
+    /// How many there are.
+    pub all: usize,
+    /// Those that something has happened to since, or to what they are made of. All others are made.
+    pub moved: Vec<TargetId>,
+}
+
 impl Target {
     fn rests(&self) -> bool {
         *self.rests.get_or_init(|| self.seen.iter().all(rests))
@@ -65,15 +76,36 @@ impl Target {
 }
 
 impl Engine {
-    /// How many targets these words stand for, if all of them are made and nothing that they hang
-    /// on has moved since that was found out.
-    pub fn up_to_date(&self, words: &[String]) -> Option<usize> {
+    /// What is known of the targets that these words stand for, without a look at any recipe.
+    pub fn remembered(&self, words: &[String]) -> Option<Remembered> {
         self.recall(words);
         let fresh = held(&self.remembered);
-        let targets = &fresh.as_ref()?.targets;
-        // All of them are looked at: a build that follows wants to know which ones rest.
-        let resting = targets.values().filter(|target| target.rests()).count();
-        (resting == targets.len()).then_some(resting)
+        let all = &fresh.as_ref()?.targets;
+        let targets: Vec<&Target> = all.values().collect();
+        let look = |part: &[&Target]| part.iter().for_each(|target| _ = target.rests());
+        let threads = threads_here().min(targets.len() / 100).max(1);
+        std::thread::scope(|scope| {
+            for part in targets.chunks(targets.len() / threads + 1) {
+                scope.spawn(move || look(part));
+            }
+        });
+        let mut moved: BTreeSet<&TargetId> =
+            all.iter().filter(|(_, target)| !target.rests()).map(|(id, _)| id).collect();
+        loop {
+            let hangs = |target: &Target| target.inputs.keys().any(|id| moved.contains(id));
+            let more = all.iter().filter(|(id, target)| !moved.contains(id) && hangs(target));
+            let more: Vec<&TargetId> = more.map(|(id, _)| id).collect();
+            if more.is_empty() {
+                break;
+            }
+            moved.extend(more);
+        }
+        Some(Remembered { all: all.len(), moved: moved.into_iter().cloned().collect() })
+    }
+
+    /// The code of a family, if it is remembered.
+    pub(crate) fn code_remembered(&self, family: &str) -> Option<CodeDigest> {
+        held(&self.remembered).as_ref()?.codes.get(family).copied()
     }
 
     /// Takes up what is remembered of these words, if what all their targets hang on has not moved.
@@ -102,16 +134,20 @@ impl Engine {
         built: &[Built],
         began: SystemTime,
     ) {
-        let tools = graph.nodes.iter().flat_map(|node| node.def.tools);
-        let tools: BTreeSet<String> = tools.map(ToString::to_string).collect();
         // What was made just now is not at rest.
-        if overridden(&tools) || built.len() < graph.nodes.len() || built.iter().any(|b| b.ran) {
+        if built.len() < graph.nodes.len() || built.iter().any(|b| b.ran) {
             return;
         }
+        // The graph may be a part of what was asked for: the rest is as it was.
+        let before = held(&self.remembered).take();
+        let Some(mut fresh) = before.or_else(|| self.nothing_yet(graph)) else { return };
         let outputs: BTreeMap<&TargetId, TreeDigest> =
             built.iter().map(|b| (&b.id, b.output)).collect();
-        let mut targets = HashMap::new();
         for (node, built) in graph.nodes.iter().zip(built) {
+            let known = fresh.targets.get(&node.id);
+            if known.is_some_and(|target| target.key == built.key && target.rests()) {
+                continue;
+            }
             let Some(paths) = self.paths_of(node, built) else { return };
             let made_from = node.targets().map(|id| (id.clone(), outputs[id]));
             let target = Target {
@@ -121,25 +157,32 @@ impl Engine {
                 inputs: made_from.collect(),
                 seen: paths.into_iter().map(see).collect(),
             };
-            targets.insert(node.id.clone(), target);
+            fresh.targets.insert(node.id.clone(), target);
         }
-        let all = self.paths_of_all(graph).into_iter().map(see).collect();
-        let fresh = Fresh {
-            format: FORMAT,
-            path: path_variable(),
-            processor: crate::execute::processor(),
-            tools,
-            all,
-            targets,
-        };
         let latest = nanoseconds(began - AT_REST);
         let seen = fresh.targets.values().flat_map(|t| &t.seen).chain(&fresh.all);
         if seen.filter_map(|(_, stamp)| stamp.as_ref()).any(|stamp| stamp.ctime() > latest) {
             return;
         }
-        let path = self.fresh_path(words);
         let bytes = serde_json::to_vec(&fresh).expect("paths of the engine are Unicode");
-        let _ = crate::execute::write_atomic(&path, &bytes);
+        let _ = crate::execute::write_atomic(&self.fresh_path(words), &bytes);
+    }
+
+    /// What all targets of the graph hang on, and none of them. `None` if it cannot be watched.
+    fn nothing_yet(&self, graph: &Graph) -> Option<Fresh> {
+        let tools = graph.nodes.iter().flat_map(|node| node.def.tools);
+        let tools: BTreeSet<String> = tools.map(ToString::to_string).collect();
+        let families: BTreeSet<&str> = graph.nodes.iter().map(|node| node.family.name).collect();
+        let code = |family: &str| Some((family.to_string(), self.family_code(family).ok()?));
+        (!overridden(&tools)).then_some(Fresh {
+            format: FORMAT,
+            path: path_variable(),
+            processor: crate::execute::processor(),
+            tools,
+            all: self.paths_of_all(graph).into_iter().map(see).collect(),
+            codes: families.into_iter().map(code).collect::<Option<_>>()?,
+            targets: HashMap::new(),
+        })
     }
 
     /// The files that a target hangs on alone, and those that it is made of. `None` if they cannot

@@ -34,6 +34,7 @@ use store::Store;
 
 pub use event::Event;
 pub use execute::{Built, Options, Outcome};
+pub use fresh::Remembered;
 pub use plan::{Blocked, Plan, Planned, Stale, Status};
 pub use process::Running;
 pub use resolve::{DEFAULT_RECIPE, Graph, Input, Node, Origin, Registry, Resolver};

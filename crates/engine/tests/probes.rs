@@ -240,7 +240,10 @@ fn what_is_remembered_as_made_is_forgotten_with_any_change() {
         let outcome = engine.build(&w.graph(&engine, "r"), options, &mut |_| {}).unwrap();
         assert!(outcome.failed.is_empty());
     };
-    let remembered = || w.engine().up_to_date(&words);
+    let remembered = || {
+        let known = w.engine().remembered(&words)?;
+        known.moved.is_empty().then_some(known.all)
+    };
     // Only what has been at rest for longer than clocks are coarse can be remembered.
     let settle = || {
         build();
@@ -265,6 +268,44 @@ fn what_is_remembered_as_made_is_forgotten_with_any_change() {
         assert_eq!(remembered(), None, "{what}");
         settle();
     }
+}
+
+#[test]
+fn only_what_has_moved_is_asked_for_again() {
+    let w = Workspace::new(
+        "[a]\nstep = \"demo/upper\"\ntext = \"./x\"\n\
+         [b]\nstep = \"demo/lines\"\ntext = \"a\"\n\
+         [c]\nstep = \"demo/upper\"\ntext = \"./y\"\n",
+    );
+    let write = |name: &str, text: &str| w.write(&format!("recipes/{name}"), text);
+    write("x", "one");
+    write("y", "one");
+    let words = vec!["r".to_string()];
+    let build = |graph: &dyn Fn(&engine::Engine) -> engine::Graph| {
+        let engine = w.engine();
+        let graph = graph(&engine);
+        let options = Options { words: words.clone(), ..Options::default() };
+        let outcome = engine.build(&graph, options, &mut |_| {}).unwrap();
+        outcome.built.iter().filter(|b| b.ran).count()
+    };
+    let all = |engine: &engine::Engine| w.graph(engine, "r");
+    let moved = |engine: &engine::Engine| {
+        let known = engine.remembered(&words).unwrap();
+        assert_eq!(known.all, 3);
+        engine.resolver().graph(&known.moved).unwrap()
+    };
+    let rest = || std::thread::sleep(Duration::from_millis(2100));
+    assert_eq!(build(&all), 3);
+    rest();
+    assert_eq!(build(&all), 0);
+    write("x", "two");
+    assert_eq!(w.engine().remembered(&words).unwrap().moved.len(), 2);
+    assert_eq!(build(&moved), 2);
+    assert_eq!(w.output("a"), "TWO");
+    rest();
+    assert_eq!(build(&moved), 0);
+    let nothing = engine::Remembered { all: 3, moved: vec![] };
+    assert_eq!(w.engine().remembered(&words), Some(nothing));
 }
 
 /// Not a test: the process that other tests start, and kill. Builds the workspace it is told of.
