@@ -231,7 +231,7 @@ impl Store {
         let known = self.stat_cache.lock().expect("no panic while holding it").get(&before);
         match fs::hard_link(&source, target) {
             Ok(()) => {
-                known.into_iter().for_each(|digest| self.follow(target, &before, digest));
+                known.into_iter().for_each(|digest| self.follow(&source, &before, digest));
                 Ok(())
             }
             Err(e)

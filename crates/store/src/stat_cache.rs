@@ -117,8 +117,8 @@ impl StatCache {
         (known.stamp == stamp).then_some(known.digest)
     }
 
-    /// Follows a file of the store that was `before` and had `digest`: it has been given the name
-    /// `path`, which moved nothing but its ctime.
+    /// Follows a file of the store, `path`, that was `before` and had `digest`: it has been given a
+    /// name, which moved nothing but its ctime.
     pub(crate) fn follow(&mut self, path: &Path, before: &Metadata, digest: BlobDigest) {
         let Ok(after) = fs::metadata(path) else { return };
         let (was, stamp) = (Stamp::of(before), Stamp::of(&after));
@@ -280,7 +280,9 @@ mod tests {
         fs::write(made.join("file"), "bytes").unwrap();
         let store = open();
         let tree = store.ingest(&made).unwrap();
-        store.materialise(&tree, &laid_out, true).unwrap();
+        let partial = dir.path().join("partial");
+        store.materialise(&tree, &partial, true).unwrap();
+        fs::rename(partial, &laid_out).unwrap();
         drop(store);
 
         let store = open();
