@@ -13,6 +13,10 @@ use step::Failure;
 
 use crate::display::{self, Table};
 
+mod peers;
+
+use peers::{PEERS, Peer};
+
 /// How often a quick case is run; a slow one three times.
 const TIMES: usize = 15;
 /// Longer than the clock of any file system is coarse: younger files are not trusted to be at rest.
@@ -100,37 +104,23 @@ impl Bench {
         let dir = self.workspace(&format!("steps-{steps}"))?;
         let case = |what: &str| format!("{steps} steps, {what}");
         let mut recipe = String::new();
-        let mut ninja = String::from("rule copy\n  command = cp $in $out\n");
-        let mut make = String::from("all:");
-        (0..steps).for_each(|i| _ = write!(make, " out/{i}"));
-        make.push('\n');
-        fs::create_dir_all(dir.join("out"))?;
         for i in 0..steps {
             write_leaf(&dir, i, "first")?;
             _ = write!(
                 recipe,
                 "[t{i}]\nstep = \"command/run\"\nprogram = \"cp\"\nargs = [\"{{{i}.txt}}\", \"{{out}}/copy\"]\ninputs = [\"./b/{i}.txt\"]\n\n"
             );
-            _ = writeln!(ninja, "build out/{i}: copy recipes/b/{i}.txt");
-            _ = writeln!(make, "out/{i}: recipes/b/{i}.txt\n\tcp $< $@");
         }
         fs::write(dir.join("recipes/b.toml"), recipe)?;
-        fs::write(dir.join("build.ninja"), ninja)?;
-        fs::write(dir.join("Makefile"), make)?;
+        let there = |peer: &&Peer| engine::tools::on_path(peer.name).is_some();
+        let peers: Vec<&Peer> = PEERS.iter().filter(there).collect();
+        for peer in &peers {
+            (peer.set_up)(&peer.dir(&dir)?, steps).with_context(|| peer.name)?;
+        }
         std::thread::sleep(AT_REST);
 
         // What compiles the worker is not what is measured.
         run(&mut self.anneal(&dir))?;
-        let peers: Vec<(&'static str, Vec<&str>)> =
-            [("ninja", vec!["ninja", "--quiet"]), ("make", vec!["make", "--silent", "-j2"])]
-                .into_iter()
-                .filter(|(name, _)| engine::tools::on_path(name).is_some())
-                .collect();
-        let of = |peer: &[&str]| {
-            let mut command = Command::new(peer[0]);
-            command.args(&peer[1..]).current_dir(&dir);
-            command
-        };
         let store = dir.join("artifacts");
         for round in 0..3 {
             // Put aside: ext4 takes its time over the inodes of what was just deleted. What says
@@ -141,28 +131,35 @@ impl Bench {
             fs::rename(aside.join("v1/workers"), store.join("v1/workers"))?;
             std::thread::sleep(AT_REST);
             self.measure(case("from nothing"), "anneal", &mut self.anneal(&dir))?;
-            for (name, peer) in &peers {
-                fs::rename(dir.join("out"), dir.join(format!("out-{name}-{round}")))?;
-                let _ = fs::remove_file(dir.join(".ninja_log"));
-                fs::create_dir_all(dir.join("out"))?;
-                self.measure(case("from nothing"), name, &mut of(peer))?;
+            for peer in peers.iter().filter(|peer| round == 0 || !peer.patient) {
+                let peer_dir = peer.dir(&dir)?;
+                if round > 0 {
+                    fs::rename(peer_dir.join("out"), peer_dir.join(format!("out-{round}")))?;
+                    let _ = fs::remove_file(peer_dir.join(".ninja_log"));
+                    fs::create_dir_all(peer_dir.join("out"))?;
+                }
+                self.measure(case("from nothing"), peer.name, &mut peer.command(&dir)?)?;
             }
         }
         std::thread::sleep(AT_REST);
         // Finds what is at rest by now, and remembers it.
         run(&mut self.anneal(&dir))?;
-        for _ in 0..TIMES {
+        for round in 0..TIMES {
             self.measure(case("nothing stale"), "anneal", &mut self.anneal(&dir))?;
-            for (name, peer) in &peers {
-                self.measure(case("nothing stale"), name, &mut of(peer))?;
+            for peer in peers.iter().filter(|peer| round == 0 || !peer.patient) {
+                self.measure(case("nothing stale"), peer.name, &mut peer.command(&dir)?)?;
             }
         }
         for round in 0..5 {
-            write_leaf(&dir, steps / 2, &format!("change {round}"))?;
+            let text = format!("change {round}");
+            write_leaf(&dir, steps / 2, &text)?;
+            for peer in &peers {
+                write_leaf(&peer.dir(&dir)?, steps / 2, &text)?;
+            }
             std::thread::sleep(AT_REST);
             self.measure(case("one changed"), "anneal", &mut self.anneal(&dir))?;
-            for (name, peer) in &peers {
-                self.measure(case("one changed"), name, &mut of(peer))?;
+            for peer in peers.iter().filter(|peer| round == 0 || !peer.patient) {
+                self.measure(case("one changed"), peer.name, &mut peer.command(&dir)?)?;
             }
         }
         Ok(())
