@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use step::CodeDigest;
 
-use crate::execute::write_atomic;
+use crate::links::write_atomic;
 use crate::stamp::Stamp;
 
 /// What a worker was compiled from, and the file that came out.

@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use step::{ActionKey, BlobDigest, CodeDigest, TreeDigest};
 
-use crate::execute::{Built, threads_here};
+use crate::build::{Built, threads_here};
 use crate::resolve::{Graph, Node, Origin};
 use crate::stamp::Stamp;
 use crate::target::TargetId;
@@ -121,7 +121,7 @@ impl Engine {
         let fresh: Fresh = serde_json::from_slice(&bytes).ok()?;
         let same = fresh.format == FORMAT
             && fresh.path == path_variable()
-            && fresh.processor == crate::execute::processor()
+            && fresh.processor == crate::plan::processor()
             && !overridden(&fresh.tools);
         (same && fresh.all.iter().all(rests)).then_some(fresh)
     }
@@ -165,7 +165,7 @@ impl Engine {
             return;
         }
         let bytes = serde_json::to_vec(&fresh).expect("paths of the engine are Unicode");
-        let _ = crate::execute::write_atomic(&self.fresh_path(words), &bytes);
+        let _ = crate::links::write_atomic(&self.fresh_path(words), &bytes);
     }
 
     /// What all targets of the graph hang on, and none of them. `None` if it cannot be watched.
@@ -177,7 +177,7 @@ impl Engine {
         (!overridden(&tools)).then_some(Fresh {
             format: FORMAT,
             path: path_variable(),
-            processor: crate::execute::processor(),
+            processor: crate::plan::processor(),
             tools,
             all: self.paths_of_all(graph).into_iter().map(see).collect(),
             codes: families.into_iter().map(code).collect::<Option<_>>()?,

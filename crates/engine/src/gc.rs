@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use step::{ActionKey, ActionResult, BlobDigest, Failure, TreeDigest};
 use store::{GcOptions, GcReport, Root, StoreError};
 
-use crate::execute::write_atomic;
+use crate::links::write_atomic;
 use crate::{Engine, Error};
 
 /// What gc keeps beside what targets' names stand for. By default, nothing.

@@ -3,6 +3,7 @@
 //! Prints nothing and reads no command line: it emits [`Event`]s. Knows no step by name: a
 //! [`Registry`] is handed to it.
 
+mod build;
 pub mod code;
 mod compiled;
 mod event;
@@ -10,6 +11,7 @@ mod execute;
 mod fresh;
 pub mod gc;
 pub mod graph;
+mod links;
 pub mod lock;
 pub mod plan;
 mod process;
@@ -32,8 +34,8 @@ use std::time::SystemTime;
 use step::{Action, ActionKey, ActionResult, Failure};
 use store::Store;
 
+pub use build::{Built, Options, Outcome};
 pub use event::Event;
-pub use execute::{Built, Options, Outcome};
 pub use fresh::Remembered;
 pub use plan::{Blocked, Plan, Planned, Stale, Status};
 pub use process::Running;

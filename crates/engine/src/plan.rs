@@ -1,12 +1,18 @@
 //! What would run, and why: the status of each target, without running anything.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::MutexGuard;
 
 use serde::Serialize;
-use step::{Action, ActionKey, ActionResult, Memory, Tree, TreeDigest, Unsupported};
+use step::{
+    Action, ActionKey, ActionResult, CodeDigest, Facts, Failure, Known, Memory, Platform, Tree,
+    TreeDigest, Unsupported, action, canonical,
+};
 
+use crate::resolve::{Graph, Node, Origin};
 use crate::target::TargetId;
-use crate::why::Difference;
+use crate::why::{self, Difference};
+use crate::{Engine, Error, code, held, tools};
 
 /// The status of each target of a graph, inputs before what uses them.
 #[derive(Debug)]
@@ -110,4 +116,220 @@ impl Plan {
     pub fn get(&self, id: &TargetId) -> Option<&Planned> {
         self.targets.iter().find(|t| t.id == *id)
     }
+}
+
+impl Engine {
+    /// The status of every target of `graph`. Runs nothing, writes nothing but caches.
+    pub fn plan(&self, graph: &Graph) -> Result<Plan, Error> {
+        let mut targets: Vec<Planned> = Vec::new();
+        let mut outputs: BTreeMap<TargetId, TreeDigest> = BTreeMap::new();
+        let facts = self.facts(graph);
+        let mut stuck = BTreeSet::new();
+        for node in &graph.nodes {
+            let last = self.last(&node.id);
+            let known = &facts[&node.id].0;
+            let status = match self.blocked(node, &stuck, known) {
+                Some(blocked) => {
+                    stuck.insert(&node.id);
+                    Status::Blocked(blocked)
+                }
+                None => self.status(node, &outputs, last.as_ref())?.0,
+            };
+            if let Status::Cached(result) = &status {
+                outputs.insert(node.id.clone(), result.output);
+            }
+            let memory = (node.def.needs)(&node.params, known).memory;
+            let (id, step) = (node.id.clone(), node.def.name);
+            targets.push(Planned { id, step, status, last, memory });
+        }
+        self.finish_caches();
+        Ok(Plan { targets })
+    }
+
+    /// The status of one target, given the outputs of those before it that are made; its action,
+    /// where that can be known.
+    pub(crate) fn status(
+        &self,
+        node: &Node,
+        outputs: &BTreeMap<TargetId, TreeDigest>,
+        last: Option<&ActionResult>,
+    ) -> Result<(Status, Option<Ready>), Error> {
+        let waits: Vec<TargetId> =
+            node.targets().filter(|id| !outputs.contains_key(id)).cloned().collect();
+        if !waits.is_empty() {
+            return Ok((Status::Stale(Stale::Waits(waits)), None));
+        }
+        let ready = self.ready(node, outputs)?;
+        let status = match self.find(&ready)? {
+            Ok(result) => Status::Cached(Box::new(result)),
+            Err(lost) => Status::Stale(self.reason(&ready, last, lost)),
+        };
+        Ok((status, Some(ready)))
+    }
+
+    /// What is known of each target before it is built, or of models, from what was built last.
+    pub(crate) fn facts(&self, graph: &Graph) -> BTreeMap<TargetId, (Known, Facts)> {
+        graph.facts(&|id| {
+            let tree = self.store.tree(self.last(id)?.output).ok()?;
+            let config = tree.entries().iter().find(|entry| entry.path == "config.json")?;
+            serde_json::from_slice(&self.store.blob(config.digest).ok()?).ok()
+        })
+    }
+
+    /// The action of a node whose inputs are made, and its key.
+    pub(crate) fn ready(
+        &self,
+        node: &Node,
+        outputs: &BTreeMap<TargetId, TreeDigest>,
+    ) -> Result<Ready, Error> {
+        let mut inputs = BTreeMap::new();
+        let mut files = BTreeMap::new();
+        for input in &node.inputs {
+            let digest = match &input.from {
+                Origin::Target(id) => outputs[id],
+                Origin::Path { path, .. } => {
+                    let tree = self.store.hash_path(path)?;
+                    let digest = tree.digest();
+                    files.insert(input.field.clone(), tree);
+                    digest
+                }
+            };
+            inputs.insert(input.field.clone(), digest);
+        }
+        let code = self.family_code(node.family.name)?;
+        let mut tools = BTreeMap::new();
+        for tool in node.def.tools {
+            tools.insert(tool.to_string(), tools::version_and_hash(tool, &self.root)?);
+        }
+        for name in (node.def.programs)(&node.params) {
+            let digest = self.program(&name)?;
+            tools.insert(format!("program {name}"), digest);
+        }
+        let action = Action {
+            format: action::FORMAT,
+            step: node.def.name.into(),
+            params: node.params.clone(),
+            inputs: inputs.clone(),
+            code,
+            tools,
+            platform: platform(node.def.platform),
+        };
+        let key = action.key();
+        Ok(Ready { action, key, inputs, files })
+    }
+
+    /// The digest of the program that `PATH` finds under this name. One that is missing fails when
+    /// it is to run.
+    fn program(&self, name: &str) -> Result<String, Error> {
+        let mut known = held(&self.programs);
+        if let Some(digest) = known.get(name) {
+            return Ok(digest.clone());
+        }
+        let digest = match tools::on_path(name) {
+            Some(path) => self.store.hash_path(&path)?.digest().to_string(),
+            None => "not found".into(),
+        };
+        known.insert(name.into(), digest.clone());
+        Ok(digest)
+    }
+
+    pub(crate) fn family_code(&self, family: &str) -> Result<CodeDigest, Failure> {
+        if let Some(code) = self.code_remembered(family) {
+            return Ok(code);
+        }
+        self.code()?.as_mut().expect("it was read").family(family)
+    }
+
+    /// The workspace's code, read the first time.
+    fn code(&self) -> Result<MutexGuard<'_, Option<code::CodeBase>>, Failure> {
+        let mut code = held(&self.code);
+        if code.is_none() {
+            let tokens = self.store.root().join("token-cache.json");
+            *code = Some(code::CodeBase::open(&self.root, &tokens)?);
+        }
+        Ok(code)
+    }
+
+    /// The recorded result, or why there is none (`None`: there never was).
+    pub(crate) fn find(
+        &self,
+        ready: &Ready,
+    ) -> Result<Result<ActionResult, Option<String>>, Error> {
+        Ok(match self.store.actions().lookup(ready.key)? {
+            store::Lookup::Found(result) => Ok(*result),
+            store::Lookup::Lost(reason) => Err(Some(reason)),
+            store::Lookup::Never => Err(None),
+        })
+    }
+
+    /// Why `ready` has no result, as against what was built last under its name.
+    pub(crate) fn reason(
+        &self,
+        ready: &Ready,
+        last: Option<&ActionResult>,
+        lost: Option<String>,
+    ) -> Stale {
+        if let Some(lost) = lost {
+            return Stale::Lost(lost);
+        }
+        self.remember(ready);
+        match last.and_then(|last| self.action(last.key)) {
+            Some(before) => Stale::Changed(why::differences(&self.store, &before, &ready.action)),
+            None => Stale::NeverBuilt,
+        }
+    }
+
+    /// Keeps what stands behind a key, so that `why` can compare it: the action, the trees of its
+    /// files, the parts of its code. All of them lie under their own digests.
+    pub(crate) fn remember(&self, ready: &Ready) {
+        let code = held(&self.code);
+        let parts = code.as_ref().and_then(|code| code.parts_of(ready.action.code));
+        // Only explanations hang on these, so failing to write them stops nothing.
+        let _ = self.store.put_action(&ready.action);
+        for tree in ready.files.values() {
+            let _ = self.store.put_bytes(&canonical::to_vec(tree));
+        }
+        if let Some(parts) = parts {
+            let _ = self.store.put_bytes(&canonical::to_vec(parts));
+        }
+    }
+
+    pub(crate) fn blocked(
+        &self,
+        node: &Node,
+        stuck: &BTreeSet<&TargetId>,
+        known: &Known,
+    ) -> Option<Blocked> {
+        if let Err(unsupported) = (node.def.supports)(&node.params, known) {
+            return Some(Blocked::Unsupported(unsupported));
+        }
+        if node.unlocked {
+            return Some(Blocked::NotLocked(node.id.clone()));
+        }
+        node.targets().find(|id| stuck.contains(id)).cloned().map(Blocked::On)
+    }
+
+    pub(crate) fn finish_caches(&self) {
+        held(&self.code).iter().for_each(code::CodeBase::save);
+        self.store.save_stat_cache();
+    }
+}
+
+/// As much of this machine as `policy` asks for.
+fn platform(policy: Platform) -> Option<String> {
+    let arch = || format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
+    match policy {
+        Platform::Any => None,
+        Platform::Arch => Some(arch()),
+        Platform::Exact => {
+            Some(format!("{} {}", arch(), processor().as_deref().unwrap_or("unknown")))
+        }
+    }
+}
+
+/// The processor's model, where the system tells.
+pub(crate) fn processor() -> Option<String> {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info.lines().find_map(|l| l.strip_prefix("model name"))?;
+    Some(model.trim_start_matches([' ', '\t', ':']).to_string())
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use step::{Rebuild, TreeDigest};
 
-use crate::execute::Slot;
+use crate::build::Slot;
 use crate::plan::Status;
 use crate::resolve::Graph;
 use crate::target::TargetId;
