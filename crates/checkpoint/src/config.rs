@@ -10,19 +10,31 @@ use crate::Error;
 /// The architectures that are built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
-    /// Llama 2, TinyLlama, SmolLM: rotary positions without scaling, SwiGLU, RMS norms.
+    /// Llama 2 and 3, TinyLlama, SmolLM: rotary positions, SwiGLU, RMS norms.
     Llama,
+    /// As Llama, with sliding windows.
+    Mistral,
+    /// As Llama, with biases on queries, keys and values, and sliding windows on later layers.
+    Qwen2,
+    /// As Qwen2 without the biases, but with norms on queries and keys.
+    Qwen3,
 }
 
 impl Architecture {
+    pub const ALL: [Architecture; 4] =
+        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
+
     /// The architecture of a `model_type`, if it is built.
     pub fn of(model_type: &str) -> Option<Self> {
-        [Architecture::Llama].into_iter().find(|one| one.model_type() == model_type)
+        Self::ALL.into_iter().find(|one| one.model_type() == model_type)
     }
 
     pub const fn model_type(self) -> &'static str {
         match self {
             Architecture::Llama => "llama",
+            Architecture::Mistral => "mistral",
+            Architecture::Qwen2 => "qwen2",
+            Architecture::Qwen3 => "qwen3",
         }
     }
 }
@@ -41,6 +53,14 @@ pub struct Config {
     pub max_positions: usize,
     pub rms_norm_eps: f64,
     pub rope_theta: f64,
+    pub rope_scaling: Option<Llama3>,
+    /// Of queries, keys and values; and of what attention gives.
+    pub qkv_bias: bool,
+    pub o_bias: bool,
+    /// Whether each head of queries and keys goes through a norm before it is turned.
+    pub qk_norm: bool,
+    /// For each layer, how many positions a query sees at most, itself counted; `None`: all before it.
+    pub windows: Vec<Option<usize>>,
     /// Whether the head is the embedding.
     pub tied: bool,
     pub bos_token_id: Option<u32>,
@@ -48,6 +68,15 @@ pub struct Config {
     pub pad_token_id: Option<u32>,
     /// `bfloat16`, `float16` or `float32`.
     pub dtype: String,
+}
+
+/// How Llama 3.1 stretches rotary positions: `rope_type` `llama3`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Llama3 {
+    pub factor: f64,
+    pub low_freq_factor: f64,
+    pub high_freq_factor: f64,
+    pub original_max_positions: f64,
 }
 
 impl Config {
@@ -78,12 +107,14 @@ impl Config {
         keys.refuse_what_changes_the_maths()?;
         let (hidden_size, num_heads) =
             (keys.size("hidden_size")?, keys.size("num_attention_heads")?);
+        let num_layers = keys.size("num_hidden_layers")?;
+        let attention_bias = keys.flag("attention_bias");
         let rope = map.get("rope_parameters").or(map.get("rope_scaling"));
         let theta = map.get("rope_theta").or_else(|| rope?.get("rope_theta"));
         let config = Self {
             architecture,
             hidden_size,
-            num_layers: keys.size("num_hidden_layers")?,
+            num_layers,
             num_heads,
             num_kv_heads: keys.size_or("num_key_value_heads", num_heads)?,
             head_dim: keys.size_or("head_dim", hidden_size / num_heads)?,
@@ -92,7 +123,12 @@ impl Config {
             max_positions: keys.size_or("max_position_embeddings", 2048)?,
             rms_norm_eps: map.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-6),
             rope_theta: theta.and_then(Value::as_f64).unwrap_or(10_000.0),
-            tied: map.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false),
+            rope_scaling: keys.rope_scaling(rope)?,
+            qkv_bias: architecture == Architecture::Qwen2 || attention_bias,
+            o_bias: architecture != Architecture::Qwen2 && attention_bias,
+            qk_norm: architecture == Architecture::Qwen3,
+            windows: keys.windows(architecture, num_layers)?,
+            tied: keys.flag("tie_word_embeddings"),
             bos_token_id: keys.ids("bos_token_id").first().copied(),
             eos_token_ids: keys.ids("eos_token_id"),
             pad_token_id: keys.ids("pad_token_id").first().copied(),
@@ -117,7 +153,25 @@ impl Config {
         Ok(config)
     }
 
-    /// The config.json of this model, with the spellings of transformers 4 and 5 both.
+    /// Fails by name if the exports cannot write this model yet; `origin` is its config.json.
+    pub fn exportable(&self, origin: &Path) -> Result<(), Error> {
+        if self.architecture != Architecture::Llama {
+            let found = self.architecture.model_type().into();
+            return Err(Error::NotExported { path: origin.into(), found });
+        }
+        let refuse = |key: &str, value: &str| {
+            Err(Error::UnsupportedKey { path: origin.into(), key: key.into(), value: value.into() })
+        };
+        if self.qkv_bias || self.o_bias {
+            return refuse("attention_bias", "true");
+        }
+        match self.rope_scaling {
+            Some(_) => refuse("rope_scaling", "llama3"),
+            None => Ok(()),
+        }
+    }
+
+    /// The config.json of a plain Llama, with the spellings of transformers 4 and 5 both.
     pub fn to_json(&self) -> Value {
         let eos = match self.eos_token_ids.as_slice() {
             [] => Value::Null,
@@ -187,6 +241,69 @@ impl Keys<'_> {
         }
     }
 
+    fn flag(&self, key: &str) -> bool {
+        self.map.get(key).and_then(Value::as_bool).unwrap_or(false)
+    }
+
+    fn rope_scaling(&self, rope: Option<&Value>) -> Result<Option<Llama3>, Error> {
+        let Some(rope) = rope.filter(|rope| rope_type(rope) == Some("llama3")) else {
+            return Ok(None);
+        };
+        let number = |key: &'static str| match rope.get(key).and_then(Value::as_f64) {
+            Some(number) if number > 0.0 => Ok(number),
+            _ => Err(Error::Config {
+                path: self.origin.into(),
+                message: format!("a `rope_type` of llama3 needs `{key}` above 0"),
+            }),
+        };
+        Ok(Some(Llama3 {
+            factor: number("factor")?,
+            low_freq_factor: number("low_freq_factor")?,
+            high_freq_factor: number("high_freq_factor")?,
+            original_max_positions: number("original_max_position_embeddings")?,
+        }))
+    }
+
+    /// The sliding window of each layer.
+    fn windows(
+        &self,
+        architecture: Architecture,
+        layers: usize,
+    ) -> Result<Vec<Option<usize>>, Error> {
+        let size = match architecture {
+            Architecture::Llama => None,
+            Architecture::Qwen2 | Architecture::Qwen3 if !self.flag("use_sliding_window") => None,
+            _ => match self.map.get("sliding_window") {
+                None | Some(Value::Null) => None,
+                Some(_) => Some(self.size("sliding_window")?),
+            },
+        };
+        let Some(size) = size else { return Ok(vec![None; layers]) };
+        let Some(types) = self.map.get("layer_types").and_then(Value::as_array) else {
+            let first = match architecture {
+                Architecture::Mistral => 0,
+                _ => self.map.get("max_window_layers").and_then(Value::as_u64).unwrap_or(28),
+            };
+            return Ok((0..layers as u64).map(|i| (i >= first).then_some(size)).collect());
+        };
+        if types.len() != layers {
+            return Err(Error::Config {
+                path: self.origin.into(),
+                message: format!("`layer_types` names {} layers of {layers}", types.len()),
+            });
+        }
+        let window = |kind: &Value| match kind.as_str() {
+            Some("sliding_attention") => Ok(Some(size)),
+            Some("full_attention") => Ok(None),
+            _ => Err(Error::UnsupportedKey {
+                path: self.origin.into(),
+                key: "layer_types".into(),
+                value: kind.to_string(),
+            }),
+        };
+        types.iter().map(window).collect()
+    }
+
     /// A token id or a list of them.
     fn ids(&self, key: &str) -> Vec<u32> {
         let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
@@ -205,10 +322,8 @@ impl Keys<'_> {
                 value: value.to_string(),
             })
         };
-        for key in ["attention_bias", "mlp_bias"] {
-            if let Some(value @ Value::Bool(true)) = self.map.get(key) {
-                return refuse(key, value);
-            }
+        if let Some(value @ Value::Bool(true)) = self.map.get("mlp_bias") {
+            return refuse("mlp_bias", value);
         }
         for key in ["hidden_act", "hidden_activation"] {
             match self.map.get(key) {
@@ -218,10 +333,9 @@ impl Keys<'_> {
             }
         }
         for key in ["rope_scaling", "rope_parameters"] {
-            let Some(Value::Object(rope)) = self.map.get(key) else { continue };
-            let kind = rope.get("rope_type").or(rope.get("type")).and_then(Value::as_str);
-            if kind.is_some_and(|kind| kind != "default") {
-                return refuse(key, &self.map[key]);
+            let Some(rope @ Value::Object(_)) = self.map.get(key) else { continue };
+            if rope_type(rope).is_some_and(|kind| kind != "default" && kind != "llama3") {
+                return refuse(key, rope);
             }
         }
         match self.map.get("quantization_config") {
@@ -229,6 +343,10 @@ impl Keys<'_> {
             Some(value) => refuse("quantization_config", value),
         }
     }
+}
+
+fn rope_type(rope: &Value) -> Option<&str> {
+    rope.get("rope_type").or(rope.get("type")).and_then(Value::as_str)
 }
 
 #[cfg(test)]
@@ -255,18 +373,60 @@ mod tests {
     }
 
     #[test]
+    fn windows_are_those_of_the_layers() {
+        let window = r#""sliding_window":7,"use_sliding_window":true,"max_window_layers":1,"#;
+        let types = r#""sliding_window":7,"layer_types":["sliding_attention","full_attention"],"#;
+        for (architecture, keys, windows) in [
+            ("llama", window, [None, None]),
+            ("mistral", window, [Some(7), Some(7)]),
+            ("mistral", types, [Some(7), None]),
+            ("mistral", r#""sliding_window":null,"#, [None, None]),
+            ("qwen2", window, [None, Some(7)]),
+            ("qwen3", types, [None, None]),
+        ] {
+            let json = TINY.replacen(
+                "{\"model_type\":\"llama\",",
+                &format!("{{{keys}\"model_type\":\"{architecture}\","),
+                1,
+            );
+            assert_eq!(parse(&json).unwrap().windows, windows, "{json}");
+        }
+    }
+
+    #[test]
+    fn what_the_exports_do_not_know_is_refused_there() {
+        let exportable = |from: &str, to: &str| {
+            let config = parse(&TINY.replacen(from, to, 1)).unwrap();
+            config.exportable(Path::new("config.json")).map_err(|e| e.to_string())
+        };
+        assert_eq!(exportable("llama", "llama"), Ok(()));
+        for (from, to, what) in [
+            ("llama", "qwen3", "`qwen3` can be trained and merged, and not be exported yet"),
+            ("{\"model", "{\"attention_bias\":true,\"model", "`attention_bias` = true"),
+            (
+                "{\"model",
+                "{\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4,\"original_max_position_embeddings\":8192},\"model",
+                "`rope_scaling` = llama3",
+            ),
+        ] {
+            let error = exportable(from, to).unwrap_err();
+            assert!(error.contains(what), "{error}");
+        }
+    }
+
+    #[test]
     fn what_is_not_understood_is_refused_by_name() {
         for (from, to, message) in [
             (
                 "llama",
                 "gemma3_text",
-                "config.json: architecture `gemma3_text` is not built yet; llama is",
+                "config.json: architecture `gemma3_text` is not built yet; llama, mistral, qwen2, qwen3 are",
             ),
             ("\"vocab_size\":96,", "", "config.json has no `vocab_size`"),
             (
                 "{\"model",
-                "{\"attention_bias\":true,\"model",
-                "config.json: `attention_bias` = true changes what the model computes, and is not built yet",
+                "{\"mlp_bias\":true,\"model",
+                "config.json: `mlp_bias` = true changes what the model computes, and is not built yet",
             ),
             (
                 "{\"model",
@@ -275,8 +435,8 @@ mod tests {
             ),
             (
                 "{\"model",
-                "{\"rope_scaling\":{\"rope_type\":\"llama3\"},\"model",
-                "config.json: `rope_scaling` = {\"rope_type\":\"llama3\"} changes what the model computes, and is not built yet",
+                "{\"rope_scaling\":{\"rope_type\":\"yarn\"},\"model",
+                "config.json: `rope_scaling` = {\"rope_type\":\"yarn\"} changes what the model computes, and is not built yet",
             ),
             ("heads\":4", "heads\":0", "config.json: `num_attention_heads` is 0"),
         ] {

@@ -12,8 +12,10 @@ pub enum Error {
     Parse { path: PathBuf, message: String },
     #[error("{path} has no `{key}`")]
     MissingKey { path: PathBuf, key: &'static str },
-    #[error("{path}: architecture `{found}` is not built yet; {} is", crate::ARCHITECTURES.join(", "))]
+    #[error("{path}: architecture `{found}` is not built yet; {} are", crate::ARCHITECTURES.join(", "))]
     Architecture { path: PathBuf, found: String },
+    #[error("{path}: architecture `{found}` can be trained and merged, and not be exported yet; {} is", crate::EXPORTED.join(", "))]
+    NotExported { path: PathBuf, found: String },
     #[error("{path}: `{key}` = {value} changes what the model computes, and is not built yet")]
     UnsupportedKey { path: PathBuf, key: String, value: String },
     #[error("{path}: {message}")]

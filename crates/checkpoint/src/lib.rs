@@ -15,13 +15,11 @@ pub mod weights;
 
 pub use error::Error;
 
-/// `model_type` of the architectures that are built.
-pub const ARCHITECTURES: &[&str] = &["llama"];
+/// `model_type` of the architectures that can be trained and merged.
+pub const ARCHITECTURES: &[&str] = &["llama", "mistral", "qwen2", "qwen3"];
 
-/// Whether models of this `model_type` can be trained and exported.
-pub fn supports(model_type: &str) -> bool {
-    ARCHITECTURES.contains(&model_type)
-}
+/// Those that can be trained from scratch, exported and measured, too.
+pub const EXPORTED: &[&str] = &["llama"];
 
 /// The files of a tokenizer, as transformers, Transformers.js and llama.cpp look for them.
 pub const TOKENIZER_FILES: &[&str] = &[

@@ -22,6 +22,20 @@ pub fn layer(index: usize, part: &str) -> String {
     format!("model.layers.{index}.{part}.weight")
 }
 
+/// `model.layers.3.self_attn.q_proj.bias`.
+pub fn bias(index: usize, part: &str) -> String {
+    format!("model.layers.{index}.{part}.bias")
+}
+
+/// Whether a linear layer named in [`LINEARS`] has a bias.
+pub fn has_bias(config: &Config, part: &str) -> bool {
+    match part {
+        "self_attn.q_proj" | "self_attn.k_proj" | "self_attn.v_proj" => config.qkv_bias,
+        "self_attn.o_proj" => config.o_bias,
+        _ => false,
+    }
+}
+
 /// \[out, in\] of a linear layer named in [`LINEARS`].
 pub fn linear_shape(config: &Config, part: &str) -> Option<[usize; 2]> {
     let (h, q) = (config.hidden_size, config.num_heads * config.head_dim);
@@ -44,6 +58,13 @@ pub fn expected(config: &Config) -> Vec<(String, Vec<usize>)> {
         for part in LINEARS {
             let shape = linear_shape(config, part).expect("a name of the list");
             all.push((layer(i, part), shape.to_vec()));
+            if has_bias(config, part) {
+                all.push((bias(i, part), vec![shape[0]]));
+            }
+        }
+        if config.qk_norm {
+            all.push((layer(i, "self_attn.q_norm"), vec![config.head_dim]));
+            all.push((layer(i, "self_attn.k_norm"), vec![config.head_dim]));
         }
         all.push((layer(i, "input_layernorm"), vec![h]));
         all.push((layer(i, "post_attention_layernorm"), vec![h]));

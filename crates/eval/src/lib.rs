@@ -6,7 +6,7 @@ pub mod exact_match;
 pub mod perplexity;
 pub mod require;
 
-use checkpoint::ARCHITECTURES;
+use checkpoint::EXPORTED;
 use step::{Family, Kind, Known, StepDef, Unsupported};
 
 pub static FAMILY: Family = Family {
@@ -23,10 +23,10 @@ const TOLERANCE: f64 = 0.01;
 fn supports(inputs: &Known) -> Result<(), Unsupported> {
     let plain = inputs.get("models").into_iter().flatten().filter(|m| m.kind == Kind::Model);
     for architecture in plain.filter_map(|m| m.facts.architecture.as_deref()) {
-        if !checkpoint::supports(architecture) {
+        if !EXPORTED.contains(&architecture) {
             return Err(Unsupported {
                 what: format!("architecture {architecture}"),
-                built: format!("{} is", ARCHITECTURES.join(", ")),
+                built: format!("{} is", EXPORTED.join(", ")),
             });
         }
     }

@@ -72,11 +72,11 @@ impl Step for Export {
         }
         for input in inputs.values().flatten() {
             if let Some(architecture) = &input.facts.architecture
-                && !checkpoint::supports(architecture)
+                && !checkpoint::EXPORTED.contains(&architecture.as_str())
             {
                 return Err(Unsupported {
                     what: format!("architecture {architecture}"),
-                    built: format!("{} is", checkpoint::ARCHITECTURES.join(", ")),
+                    built: format!("{} is", checkpoint::EXPORTED.join(", ")),
                 });
             }
         }

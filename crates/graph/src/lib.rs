@@ -11,7 +11,7 @@ pub mod quantise;
 
 use std::path::{Path, PathBuf};
 
-use checkpoint::config::{Architecture, Config};
+use checkpoint::config::Config;
 use checkpoint::weights::Weights;
 
 pub use error::Error;
@@ -69,12 +69,11 @@ pub fn write(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Written, Error> {
     let config = Config::read(model)?;
+    config.exportable(&model.join("config.json"))?;
     let weights = Weights::open(model)?;
     weights.check(&config)?;
     if !config.head_dim.is_multiple_of(16) {
         return Err(Error::HeadDim(config.head_dim));
     }
-    match config.architecture {
-        Architecture::Llama => llama::write(&config, &weights, to, options, progress),
-    }
+    llama::write(&config, &weights, to, options, progress)
 }

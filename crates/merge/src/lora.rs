@@ -46,7 +46,7 @@ impl Step for Lora {
     fn supports(&self, inputs: &step::definition::Known) -> Result<(), step::Unsupported> {
         let facts = inputs.values().flatten().filter_map(|i| i.facts.architecture.as_deref());
         for architecture in facts {
-            if !checkpoint::supports(architecture) {
+            if !checkpoint::ARCHITECTURES.contains(&architecture) {
                 return Err(step::Unsupported {
                     what: format!("architecture {architecture}"),
                     built: format!("{} is", checkpoint::ARCHITECTURES.join(", ")),

@@ -59,10 +59,10 @@ impl Step for Export {
     fn supports(&self, inputs: &Known) -> Result<(), Unsupported> {
         let facts = inputs.values().flatten().filter_map(|i| i.facts.architecture.as_deref());
         for architecture in facts {
-            if !checkpoint::supports(architecture) {
+            if !checkpoint::EXPORTED.contains(&architecture) {
                 return Err(Unsupported {
                     what: format!("architecture {architecture}"),
-                    built: format!("{} is", checkpoint::ARCHITECTURES.join(", ")),
+                    built: format!("{} is", checkpoint::EXPORTED.join(", ")),
                 });
             }
         }

@@ -18,12 +18,12 @@ pub static FAMILY: Family = Family {
     build_tools: &["libtorch"],
 };
 
-fn architecture_is_built(architecture: &str) -> Result<(), Unsupported> {
-    if checkpoint::supports(architecture) {
+fn architecture_is_built(architecture: &str, built: &[&str]) -> Result<(), Unsupported> {
+    if built.contains(&architecture) {
         return Ok(());
     }
     Err(Unsupported {
         what: format!("architecture {architecture}"),
-        built: format!("{} is", checkpoint::ARCHITECTURES.join(", ")),
+        built: format!("{} is", built.join(", ")),
     })
 }

@@ -126,7 +126,9 @@ impl Step for Lora {
         }
         let base = inputs.get("base").and_then(|base| base.first());
         match base.and_then(|base| base.facts.architecture.as_deref()) {
-            Some(architecture) => crate::architecture_is_built(architecture),
+            Some(architecture) => {
+                crate::architecture_is_built(architecture, checkpoint::ARCHITECTURES)
+            }
             None => Ok(()),
         }
     }

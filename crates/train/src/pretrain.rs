@@ -107,7 +107,7 @@ impl Step for Pretrain {
     }
 
     fn supports(&self, _: &Known) -> Result<(), Unsupported> {
-        crate::architecture_is_built(&self.architecture)
+        crate::architecture_is_built(&self.architecture, checkpoint::EXPORTED)
     }
 }
 
@@ -115,8 +115,9 @@ impl Pretrain {
     /// The model's shape with a vocabulary of so many tokens, none of them special yet; `None` if
     /// the architecture is not built.
     pub fn config(&self, vocab_size: usize) -> Option<Config> {
+        let known = checkpoint::EXPORTED.contains(&self.architecture.as_str());
         Some(Config {
-            architecture: Architecture::of(&self.architecture)?,
+            architecture: Architecture::of(&self.architecture).filter(|_| known)?,
             hidden_size: self.hidden_size,
             num_layers: self.num_layers,
             num_heads: self.num_heads,
@@ -127,6 +128,11 @@ impl Pretrain {
             max_positions: self.max_positions,
             rms_norm_eps: self.rms_norm_eps,
             rope_theta: self.rope_theta,
+            rope_scaling: None,
+            qkv_bias: false,
+            o_bias: false,
+            qk_norm: false,
+            windows: vec![None; self.num_layers],
             tied: self.tied,
             bos_token_id: None,
             eos_token_ids: Vec::new(),

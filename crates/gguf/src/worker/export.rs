@@ -27,6 +27,7 @@ pub fn run(job: &Job) -> Result<()> {
     let params: Export = job.params()?;
     let dir = &job.input("model")?.path;
     let config = Config::read(dir).map_err(Failure::from)?;
+    config.exportable(&dir.join("config.json")).map_err(Failure::from)?;
     let weights = Weights::open(dir).map_err(Failure::from)?;
     weights.check(&config).map_err(Failure::from)?;
     let tokenizer = tokenizer::read(dir, &config)?;

@@ -11,7 +11,7 @@ use step::Failure;
 use step::worker::{Input, Job};
 use tch::{Device, Kind, Tensor};
 
-use crate::llama::{Batch, Packed};
+use crate::decoder::{Batch, Packed};
 
 /// The splits that training reads.
 pub struct Dataset {

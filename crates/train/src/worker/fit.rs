@@ -15,7 +15,7 @@ use train::training::Training;
 
 use crate::curve;
 use crate::data::{Dataset, Rows};
-use crate::llama::Llama;
+use crate::decoder::Decoder;
 use crate::optimiser::{Optimiser, Trainable, rate, warmup_steps};
 use crate::plan::{self, Micro, Plan};
 use crate::resume::Checkpoint;
@@ -55,7 +55,7 @@ const CHECKPOINT_EVERY: Duration = Duration::from_secs(30);
 pub fn fit(
     job: &Job,
     training: &Training,
-    model: &Llama,
+    model: &Decoder,
     trainables: Vec<Trainable>,
     data: &Dataset,
     device: Device,
@@ -156,7 +156,7 @@ pub fn fit(
 /// Leaves the gradient of a step's loss in the parameters. Returns that loss: the mean over all
 /// targets of all its micro-batches, so that it does not matter how they are cut.
 pub fn gradients(
-    model: &Llama,
+    model: &Decoder,
     rows: &Rows,
     plan: &Plan,
     step: usize,
@@ -177,7 +177,7 @@ pub fn gradients(
 }
 
 /// The mean loss over every target of `rows`.
-fn validate(model: &Llama, rows: &Rows, training: &Training, device: Device) -> f64 {
+fn validate(model: &Decoder, rows: &Rows, training: &Training, device: Device) -> f64 {
     let batches: Vec<Micro> = plan::once(&rows.lengths(), training.batch_tokens);
     let (mut loss, mut weight) = (0.0, 0.0);
     tch::no_grad(|| {

@@ -16,9 +16,9 @@ use tch::{Device, Kind, Tensor};
 use train::Lora;
 
 use crate::data::Dataset;
+use crate::decoder::{self, Decoder};
 use crate::device::{self, Place};
 use crate::fit::{Outcome, fit};
-use crate::llama::{self, Llama};
 use crate::optimiser::Trainable;
 use crate::tensor;
 
@@ -55,10 +55,10 @@ pub fn run(job: &Job) -> Result<()> {
 }
 
 /// The base as it is, in the compute kind.
-fn frozen(base: &Input, config: Config, place: Place) -> Result<Llama> {
+fn frozen(base: &Input, config: Config, place: Place) -> Result<Decoder> {
     let weights = Weights::open(&base.path).map_err(Failure::from)?;
     weights.check(&config).map_err(Failure::from)?;
-    Llama::new(config, place.compute, |name, _| {
+    Decoder::new(config, place.compute, |name, _| {
         let weight = weights.get(name).map_err(Failure::from)?;
         let weight = tensor::from_bytes(weight.dtype, &weight.shape, weight.data)?;
         Ok(weight.to_device(place.device).to_kind(place.compute))
@@ -66,7 +66,7 @@ fn frozen(base: &Input, config: Config, place: Place) -> Result<Llama> {
 }
 
 /// Gives every target an adapter that does nothing yet: A random, B zero, as PEFT begins.
-pub fn attach(model: &mut Llama, params: &Lora, device: Device) -> Result<()> {
+pub fn attach(model: &mut Decoder, params: &Lora, device: Device) -> Result<()> {
     let targets = params.targets();
     if model.config.tied && targets.contains(&"lm_head") {
         return Err(Failure::input(
@@ -85,7 +85,7 @@ pub fn attach(model: &mut Llama, params: &Lora, device: Device) -> Result<()> {
             .f_uniform_(-bound, bound)?
             .to_device(device);
         let b = Tensor::f_zeros([out, rank], (Kind::Float, device))?;
-        linear.lora = Some(llama::Lora {
+        linear.lora = Some(decoder::Lora {
             a: a.set_requires_grad(true),
             b: b.set_requires_grad(true),
             scale: params.alpha / params.rank as f64,
@@ -96,7 +96,7 @@ pub fn attach(model: &mut Llama, params: &Lora, device: Device) -> Result<()> {
 }
 
 /// The adapter's tensors by their names in a PEFT folder.
-fn adapter(model: &mut Llama) -> BTreeMap<String, Tensor> {
+fn adapter(model: &mut Decoder) -> BTreeMap<String, Tensor> {
     let mut all = BTreeMap::new();
     for linear in model.linears_mut() {
         if let Some(lora) = &linear.lora {

@@ -4,10 +4,10 @@
 
 mod curve;
 mod data;
+mod decoder;
 mod device;
 mod fit;
 mod fused;
-mod llama;
 mod lora;
 mod optimiser;
 mod plan;

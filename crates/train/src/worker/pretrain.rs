@@ -15,9 +15,9 @@ use tch::{Device, Kind, Tensor};
 use train::Pretrain;
 
 use crate::data::Dataset;
+use crate::decoder::Decoder;
 use crate::device;
 use crate::fit::fit;
-use crate::llama::Llama;
 use crate::optimiser::Trainable;
 use crate::tensor;
 
@@ -42,9 +42,9 @@ pub fn run(job: &Job) -> Result<()> {
 }
 
 /// The model before training. The weights are the same whatever the device.
-pub fn first(params: &Pretrain, config: Config, compute: Kind, device: Device) -> Result<Llama> {
+pub fn first(params: &Pretrain, config: Config, compute: Kind, device: Device) -> Result<Decoder> {
     tch::manual_seed(params.seed as i64);
-    Llama::new(config, compute, |name, shape| {
+    Decoder::new(config, compute, |name, shape| {
         let shape = shape.iter().map(|n| *n as i64).collect::<Vec<_>>();
         let weight = match first_std(params, name) {
             Some(std) => Tensor::f_zeros(shape, (Kind::Float, Device::Cpu))?.f_normal_(0.0, std)?,
@@ -114,7 +114,7 @@ impl SpecialTokens {
 }
 
 /// The model folder: config, weights rounded once to BF16, and the tokenizer as it came.
-fn write(model: &Llama, tokenizer: &Path, out: &Path) -> Result<()> {
+fn write(model: &Decoder, tokenizer: &Path, out: &Path) -> Result<()> {
     checkpoint::copy_companions(tokenizer, out).map_err(Failure::from)?;
     let json = |name: &str, value: &Value| -> Result<()> {
         let path = out.join(name);

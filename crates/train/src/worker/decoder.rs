@@ -1,13 +1,15 @@
-//! The Llama family (Touvron et al., 2023) as a module that can be trained: one forward pass.
+//! A pre-norm decoder as a module that can be trained, one forward pass: Llama (Touvron et al.,
+//! 2023) and what differs from it by biases, norms of heads and windows: Mistral, Qwen2, Qwen3.
 //!
-//! The order of operations, and so of roundings, is that of transformers' modeling_llama.py.
+//! The order of operations, and so of roundings, is that of transformers' modeling_llama.py,
+//! modeling_qwen2.py and modeling_qwen3.py.
 //! Knows nothing of files, batches' origins, optimisers or steps.
 //!
 //! Dimensions: B rows, T positions, C hidden size, H query heads, G key and value heads, D head
 //! size, V vocabulary, N positions that predict something.
 
 use anyhow::Result;
-use checkpoint::config::Config;
+use checkpoint::config::{Config, Llama3};
 use checkpoint::names;
 use tch::{Device, Kind, Reduction, Tensor};
 
@@ -35,7 +37,7 @@ pub struct Packed {
     pub mask: Tensor,
 }
 
-pub struct Llama {
+pub struct Decoder {
     pub config: Config,
     /// What products are computed in. The residual stream has the kind of the embedding.
     compute: Kind,
@@ -49,7 +51,7 @@ pub struct Llama {
     rotary: Rotary,
 }
 
-impl Llama {
+impl Decoder {
     /// Builds the model from `weight(name, shape)`, which is asked for each tensor in the order of
     /// [`names::expected`].
     pub fn new(
@@ -63,11 +65,11 @@ impl Llama {
         }
         let mut take = |name: &str| weights.remove(name).expect("the model's own tensor names");
         let embedding = take(names::EMBED);
-        let layers = (0..config.num_layers).map(|i| Layer::new(i, &mut take)).collect();
+        let layers = (0..config.num_layers).map(|i| Layer::new(&config, i, &mut take)).collect();
         let norm = take(names::NORM);
         let head = if config.tied { embedding.shallow_clone() } else { take(names::LM_HEAD) };
         let rotary = Rotary::new(&config, embedding.device());
-        let head = Linear { name: names::LM_HEAD.into(), weight: head, lora: None };
+        let head = Linear { name: names::LM_HEAD.into(), weight: head, bias: None, lora: None };
         Ok(Self { config, compute, embedding, layers, norm, head, rotary })
     }
 
@@ -88,11 +90,11 @@ impl Llama {
             None => self.rotary.first(batch.ids.size()[1]),
         }
         .to_kind(self.compute);
-        let mask = batch.packed.as_ref().map(|p| &p.mask);
+        let masks = Masks::new(&self.config.windows, batch);
         let ids = batch.ids.flatten(0, 1);
         let mut x = Tensor::embedding(&self.embedding, &ids, -1, false, false);
         for layer in &self.layers {
-            x = layer.forward(&x, &self.config, self.compute, &rotary, mask, dropout);
+            x = layer.forward(&x, &self.config, self.compute, &rotary, &masks, dropout);
         }
         rms_norm(&x, &self.norm, self.config.rms_norm_eps, self.compute)
     }
@@ -105,6 +107,14 @@ impl Llama {
         for (i, layer) in self.layers.iter().enumerate() {
             for linear in layer.linears() {
                 all.insert(linear.name.clone(), linear.weight.shallow_clone());
+                if let Some(bias) = &linear.bias {
+                    let name = format!("{}.bias", linear.name.trim_end_matches(".weight"));
+                    all.insert(name, bias.shallow_clone());
+                }
+            }
+            for (head, norm) in ["q", "k"].iter().zip(layer.head_norms.iter().flatten()) {
+                let name = names::layer(i, &format!("self_attn.{head}_norm"));
+                all.insert(name, norm.shallow_clone());
             }
             all.insert(names::layer(i, "input_layernorm"), layer.attention_norm.shallow_clone());
             let norm = layer.mlp_norm.shallow_clone();
@@ -125,7 +135,11 @@ impl Llama {
 }
 
 struct Layer {
+    /// How many positions a query sees at most.
+    window: Option<usize>,
     attention_norm: Tensor,
+    /// Of queries and keys: [D] each.
+    head_norms: Option<[Tensor; 2]>,
     q: Linear,
     k: Linear,
     v: Linear,
@@ -137,12 +151,14 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(i: usize, take: &mut impl FnMut(&str) -> Tensor) -> Self {
+    fn new(config: &Config, i: usize, take: &mut impl FnMut(&str) -> Tensor) -> Self {
         let mut linear = |part: &str| {
             let name = names::layer(i, part);
-            Linear { weight: take(&name), name, lora: None }
+            let bias = names::has_bias(config, part).then(|| take(&names::bias(i, part)));
+            Linear { weight: take(&name), name, bias, lora: None }
         };
         Self {
+            window: config.windows[i],
             q: linear("self_attn.q_proj"),
             k: linear("self_attn.k_proj"),
             v: linear("self_attn.v_proj"),
@@ -150,6 +166,9 @@ impl Layer {
             gate: linear("mlp.gate_proj"),
             up: linear("mlp.up_proj"),
             down: linear("mlp.down_proj"),
+            head_norms: config.qk_norm.then(|| {
+                ["q", "k"].map(|head| take(&names::layer(i, &format!("self_attn.{head}_norm"))))
+            }),
             attention_norm: take(&names::layer(i, "input_layernorm")),
             mlp_norm: take(&names::layer(i, "post_attention_layernorm")),
         }
@@ -162,16 +181,26 @@ impl Layer {
         config: &Config,
         compute: Kind,
         rotary: &Rotary,
-        mask: Option<&Tensor>,
+        masks: &Masks,
         dropout: bool,
     ) -> Tensor {
         let (h, g) = (config.num_heads as i64, config.num_kv_heads as i64);
         let d = config.head_dim as i64;
 
         let y = rms_norm(x, &self.attention_norm, config.rms_norm_eps, compute);
-        let q = rotary.turn(&self.q.forward(&y, dropout));
-        let k = rotary.turn(&self.k.forward(&y, dropout));
+        let turned = |linear: &Linear, norm: Option<&Tensor>| {
+            let x = linear.forward(&y, dropout);
+            let Some(norm) = norm else { return rotary.turn(&x) };
+            let heads = rms_norm(&x.reshape([-1, d]), norm, config.rms_norm_eps, compute);
+            rotary.turn(&heads.view_as(&x))
+        };
+        let [q_norm, k_norm] = match &self.head_norms {
+            Some([q, k]) => [Some(q), Some(k)],
+            None => [None, None],
+        };
+        let (q, k) = (turned(&self.q, q_norm), turned(&self.k, k_norm));
         let v = rotary.heads(&self.v.forward(&y, dropout));
+        let mask = masks.of(self.window);
         let causal = mask.is_none();
         let y = Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, causal, None, h != g);
         let y = y.transpose(1, 2).reshape([-1, h * d]);
@@ -192,12 +221,14 @@ impl Layer {
     }
 }
 
-/// A matrix without bias, with or without an adapter.
+/// A matrix, with or without a bias, with or without an adapter.
 pub struct Linear {
     /// In a checkpoint: `model.layers.0.self_attn.q_proj.weight`.
     pub name: String,
     /// [out, in]
     pub weight: Tensor,
+    /// [out]
+    bias: Option<Tensor>,
     pub lora: Option<Lora>,
 }
 
@@ -222,17 +253,50 @@ impl Linear {
     /// [N, in] → [N, out], in the kind of `x`.
     fn forward(&self, x: &Tensor, dropout: bool) -> Tensor {
         let weight = self.weight.to_kind(x.kind());
-        let Some(lora) = &self.lora else { return x.linear::<Tensor>(&weight, None) };
+        let bias = self.bias.as_ref().map(|bias| bias.to_kind(x.kind()));
+        let Some(lora) = &self.lora else { return x.linear(&weight, bias.as_ref()) };
         let dropout = dropout && lora.dropout > 0.0;
         if x.kind() == Kind::Float && !dropout {
-            return fused::lora_linear(x, &weight, &lora.a, &lora.b, lora.scale);
+            let y = fused::lora_linear(x, &weight, &lora.a, &lora.b, lora.scale);
+            return bias.map_or_else(|| y.shallow_clone(), |bias| &y + bias);
         }
-        let y = x.linear::<Tensor>(&weight, None);
+        let y = x.linear(&weight, bias.as_ref());
         // Up to float32, add there, round once: as PEFT does with a float32 adapter.
         let x = x.to_kind(Kind::Float).dropout(lora.dropout, dropout);
         let delta = x.linear::<Tensor>(&lora.a, None).linear::<Tensor>(&lora.b, None);
         let kind = y.kind();
         (y + delta * lora.scale).to_kind(kind)
+    }
+}
+
+/// Which keys a query may see, where that is not simply all before it.
+struct Masks {
+    /// [1, 1, T, T], bool, of packed rows.
+    packed: Option<Tensor>,
+    /// The same within a window of so many positions.
+    windows: Vec<(usize, Tensor)>,
+}
+
+impl Masks {
+    fn new(windows: &[Option<usize>], batch: &Batch) -> Self {
+        let t = batch.ids.size()[1];
+        let packed = batch.packed.as_ref().map(|packed| packed.mask.shallow_clone());
+        let mut all: Vec<(usize, Tensor)> = Vec::new();
+        for window in windows.iter().flatten().copied().filter(|window| (*window as i64) < t) {
+            if all.iter().all(|(known, _)| *known != window) {
+                let ones = Tensor::ones([1, 1, t, t], (Kind::Bool, batch.ids.device()));
+                let causal = packed.as_ref().map_or_else(|| ones.tril(0), Tensor::shallow_clone);
+                let near = ones.triu(1 - window as i64);
+                all.push((window, causal.logical_and(&near)));
+            }
+        }
+        Self { packed, windows: all }
+    }
+
+    /// For a layer with this window.
+    fn of(&self, window: Option<usize>) -> Option<&Tensor> {
+        let near = self.windows.iter().find(|(known, _)| Some(*known) == window);
+        near.map(|(_, mask)| mask).or(self.packed.as_ref())
     }
 }
 
@@ -245,6 +309,19 @@ fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, compute: Kind) -> Tensor {
     let variance = x.square().mean_dim(-1, true, Kind::Float);
     let x = x * (variance + eps).rsqrt();
     weight.to_kind(compute) * x.to_kind(compute)
+}
+
+/// Llama 3.1's frequencies: long waves are stretched by a factor, short ones are not, and those in
+/// between are blended (transformers, modeling_rope_utils.py).
+fn stretched(frequencies: &Tensor, scaling: &Llama3) -> Tensor {
+    let Llama3 { factor, low_freq_factor: low, high_freq_factor: high, .. } = *scaling;
+    let waves = frequencies.reciprocal() * (2.0 * std::f64::consts::PI);
+    let original = scaling.original_max_positions;
+    let long = frequencies / factor;
+    let smooth = (waves.reciprocal() * original - low) / (high - low);
+    let blended = (1.0 - &smooth) * &long + &smooth * frequencies;
+    let kept = frequencies.where_self(&waves.lt(original / high), &blended);
+    long.where_self(&waves.gt(original / low), &kept)
 }
 
 /// Rotary positions (Su et al., 2021): the two halves of a head turn against each other.
@@ -260,6 +337,10 @@ impl Rotary {
         let exponents = Tensor::arange_start_step(0, d, 2, (Kind::Int64, device));
         let exponents = exponents.to_kind(Kind::Float) / d as f64;
         let frequencies = Tensor::pow_scalar(config.rope_theta, &exponents).reciprocal();
+        let frequencies = match &config.rope_scaling {
+            Some(scaling) => stretched(&frequencies, scaling),
+            None => frequencies,
+        };
         let positions = Tensor::arange(config.max_positions as i64, (Kind::Float, device));
         let angles = positions.outer(&frequencies);
         let angles = Tensor::cat(&[&angles, &angles], -1);
@@ -296,3 +377,6 @@ impl Rotary {
         x * &self.cos + turned * &self.sin
     }
 }
+
+#[cfg(test)]
+mod tests;
