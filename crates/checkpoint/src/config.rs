@@ -420,7 +420,7 @@ mod tests {
             (
                 "llama",
                 "gemma3_text",
-                "config.json: architecture `gemma3_text` is not built yet; llama, mistral, qwen2, qwen3 are",
+                "config.json: architecture `gemma3_text` is not built yet; llama, mistral, qwen2 and qwen3 are",
             ),
             ("\"vocab_size\":96,", "", "config.json has no `vocab_size`"),
             (

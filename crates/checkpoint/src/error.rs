@@ -12,9 +12,15 @@ pub enum Error {
     Parse { path: PathBuf, message: String },
     #[error("{path} has no `{key}`")]
     MissingKey { path: PathBuf, key: &'static str },
-    #[error("{path}: architecture `{found}` is not built yet; {} are", crate::ARCHITECTURES.join(", "))]
+    #[error(
+        "{path}: architecture `{found}` is not built yet; {}",
+        crate::are(crate::ARCHITECTURES)
+    )]
     Architecture { path: PathBuf, found: String },
-    #[error("{path}: architecture `{found}` can be trained and merged, and not be exported yet; {} is", crate::EXPORTED.join(", "))]
+    #[error(
+        "{path}: architecture `{found}` can be trained and merged, and not be exported yet; {}",
+        crate::are(crate::EXPORTED)
+    )]
     NotExported { path: PathBuf, found: String },
     #[error("{path}: `{key}` = {value} changes what the model computes, and is not built yet")]
     UnsupportedKey { path: PathBuf, key: String, value: String },

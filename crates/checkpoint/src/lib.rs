@@ -21,6 +21,15 @@ pub const ARCHITECTURES: &[&str] = &["llama", "mistral", "qwen2", "qwen3"];
 /// Those that can be trained from scratch, exported and measured, too.
 pub const EXPORTED: &[&str] = &["llama"];
 
+/// `llama is`, `llama, mistral and qwen2 are`: how a refusal ends.
+pub fn are(names: &[&str]) -> String {
+    match names {
+        [] => "nothing is".into(),
+        [one] => format!("{one} is"),
+        [first @ .., last] => format!("{} and {last} are", first.join(", ")),
+    }
+}
+
 /// The files of a tokenizer, as transformers, Transformers.js and llama.cpp look for them.
 pub const TOKENIZER_FILES: &[&str] = &[
     "tokenizer.json",

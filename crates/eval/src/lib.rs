@@ -26,7 +26,7 @@ fn supports(inputs: &Known) -> Result<(), Unsupported> {
         if !EXPORTED.contains(&architecture) {
             return Err(Unsupported {
                 what: format!("architecture {architecture}"),
-                built: format!("{} is", EXPORTED.join(", ")),
+                built: checkpoint::are(EXPORTED),
             });
         }
     }

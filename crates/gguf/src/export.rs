@@ -76,7 +76,7 @@ impl Step for Export {
             {
                 return Err(Unsupported {
                     what: format!("architecture {architecture}"),
-                    built: format!("{} is", checkpoint::EXPORTED.join(", ")),
+                    built: checkpoint::are(checkpoint::EXPORTED),
                 });
             }
         }

@@ -49,7 +49,7 @@ impl Step for Lora {
             if !checkpoint::ARCHITECTURES.contains(&architecture) {
                 return Err(step::Unsupported {
                     what: format!("architecture {architecture}"),
-                    built: format!("{} is", checkpoint::ARCHITECTURES.join(", ")),
+                    built: checkpoint::are(checkpoint::ARCHITECTURES),
                 });
             }
         }

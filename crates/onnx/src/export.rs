@@ -62,7 +62,7 @@ impl Step for Export {
             if !checkpoint::EXPORTED.contains(&architecture) {
                 return Err(Unsupported {
                     what: format!("architecture {architecture}"),
-                    built: format!("{} is", checkpoint::EXPORTED.join(", ")),
+                    built: checkpoint::are(checkpoint::EXPORTED),
                 });
             }
         }

@@ -22,8 +22,5 @@ fn architecture_is_built(architecture: &str, built: &[&str]) -> Result<(), Unsup
     if built.contains(&architecture) {
         return Ok(());
     }
-    Err(Unsupported {
-        what: format!("architecture {architecture}"),
-        built: format!("{} is", built.join(", ")),
-    })
+    Err(Unsupported { what: format!("architecture {architecture}"), built: checkpoint::are(built) })
 }

@@ -23,6 +23,8 @@ training_step! {
         pub rank: usize,
         /// The adapter's output is scaled by alpha / rank.
         pub alpha: f64,
+        /// By alpha / √rank instead (Kalajdzievski, 2023), so that high ranks learn as fast.
+        pub rslora: bool,
         /// Of the adapter's input, while training.
         pub dropout: f64,
         /// Names of linear layers, or `all-linear`: every one but the head.
@@ -47,6 +49,12 @@ pub const TARGETS: [&str; 8] =
 pub const ALL_LINEAR: &str = "all-linear";
 
 impl Lora {
+    /// What B·A is multiplied by.
+    pub fn scale(&self) -> f64 {
+        let rank = self.rank as f64;
+        self.alpha / if self.rslora { rank.sqrt() } else { rank }
+    }
+
     /// The targets by their own names, sorted.
     pub fn targets(&self) -> Vec<&str> {
         let all_linear = self.target_modules.iter().any(|t| t == ALL_LINEAR);
@@ -144,6 +152,7 @@ fn defaults(preset: Preset) -> Value {
         "preset": "quick",
         "rank": 8,
         "alpha": 16.0,
+        "rslora": false,
         "dropout": 0.05,
         "target_modules": ["q_proj", "v_proj"],
         "bits": 16,
@@ -249,6 +258,14 @@ mod tests {
         assert_eq!(targets(json!(["v_proj", "q_proj", "q_proj"])), ["q_proj", "v_proj"]);
         assert_eq!(targets(json!(["all-linear"])).len(), 7);
         assert_eq!(targets(json!(["all-linear", "lm_head"])).len(), 8);
+    }
+
+    #[test]
+    fn scales_are_those_of_peft() {
+        for (rslora, scale) in [(false, 2.0), (true, 8.0)] {
+            let params = resolve(json!({"rank": 16, "alpha": 32, "rslora": rslora})).unwrap();
+            assert_eq!(Lora::deserialize(&params).unwrap().scale(), scale);
+        }
     }
 
     #[test]

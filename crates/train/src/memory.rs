@@ -1,7 +1,7 @@
 //! What training takes at its peak, from the model's own numbers.
 //!
 //! Counted, not measured: weights, gradients, AdamW's two moments, and what the forward pass of
-//! `worker/llama.rs` keeps for the backward pass. The tests hold it to what runs were seen to take.
+//! `worker/decoder.rs` keeps for the backward pass. The tests hold it to what runs were seen to take.
 
 use checkpoint::config::Config;
 use checkpoint::names;

@@ -88,7 +88,7 @@ pub fn attach(model: &mut Decoder, params: &Lora, device: Device) -> Result<()> 
         linear.lora = Some(decoder::Lora {
             a: a.set_requires_grad(true),
             b: b.set_requires_grad(true),
-            scale: params.alpha / params.rank as f64,
+            scale: params.scale(),
             dropout: params.dropout,
         });
     }
@@ -130,7 +130,7 @@ fn peft_config(params: &Lora, base: Option<&str>) -> Value {
         "target_modules": params.targets(),
         "task_type": "CAUSAL_LM",
         "use_dora": false,
-        "use_rslora": false,
+        "use_rslora": params.rslora,
     })
 }
 
