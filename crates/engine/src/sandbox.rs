@@ -22,8 +22,9 @@ const SYSTEM: &[&str] = &[
     "/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/opt", "/nix", "/proc", "/sys",
     "/run",
 ];
-/// `/dev/null`, random numbers, accelerators, shared memory.
-const DEVICES: &str = "/dev";
+/// Devices that programs expect, shared memory, and accelerators: no disks.
+const DEVICES: &[&str] =
+    &["null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm", "dri", "kfd"];
 /// Variables that lead to libraries or certificates elsewhere.
 const LEADING: &[&str] = &["LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR"];
 
@@ -50,7 +51,7 @@ pub(crate) fn rules(allowed: &Allowed) -> io::Result<Option<OwnedFd>> {
     let leading = LEADING.iter().filter_map(std::env::var_os);
     let leading = leading.flat_map(|value| std::env::split_paths(&value).collect::<Vec<_>>());
     let read = allowed.read.iter().cloned().chain(SYSTEM.iter().map(PathBuf::from)).chain(leading);
-    let write = allowed.write.iter().cloned().chain([PathBuf::from(DEVICES)]);
+    let write = allowed.write.iter().cloned().chain(devices());
     let rules = |paths: Vec<PathBuf>, access| landlock::path_beneath_rules(paths, access);
     let made = (|| {
         let mut ruleset = Ruleset::default().handle_access(AccessFs::from_all(RULES))?;
@@ -68,6 +69,19 @@ pub(crate) fn rules(allowed: &Allowed) -> io::Result<Option<OwnedFd>> {
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn rules(_: &Allowed) -> io::Result<Option<OwnedFd>> {
     Ok(None)
+}
+
+#[cfg(target_os = "linux")]
+fn devices() -> Vec<PathBuf> {
+    static KNOWN: std::sync::OnceLock<Vec<PathBuf>> = std::sync::OnceLock::new();
+    let find = || {
+        let dev = Path::new("/dev");
+        let all = std::fs::read_dir(dev).into_iter().flatten().flatten();
+        let nvidia = all.filter(|e| e.file_name().to_string_lossy().starts_with("nvidia"));
+        let fixed = DEVICES.iter().map(|name| dev.join(name));
+        fixed.chain(nvidia.map(|entry| entry.path())).collect()
+    };
+    KNOWN.get_or_init(find).clone()
 }
 
 /// Whether this kernel can hold steps to what they may touch.

@@ -136,6 +136,8 @@ fn a_step_touches_what_is_its_own_and_nothing_else() {
         ("write beside", denied),
         ("write its input", denied),
         ("write its scratch", "done"),
+        ("write /dev/null", "done"),
+        ("make a device", denied),
         ("connect", denied),
     ];
     let expected: String = expected.iter().map(|(what, how)| format!("{what}: {how}\n")).collect();

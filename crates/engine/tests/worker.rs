@@ -86,6 +86,8 @@ fn nosy(job: &Job) -> anyhow::Result<()> {
         ("write beside", std::fs::write(workspace.join("recipes/new"), "x")),
         ("write its input", std::fs::write(job.input("text")?.path.join("new"), "x")),
         ("write its scratch", std::fs::write(job.scratch().join("new"), "x")),
+        ("write /dev/null", std::fs::write("/dev/null", "x")),
+        ("make a device", std::fs::write("/dev/anneal-nosy", "x")),
         ("connect", std::net::TcpStream::connect("127.0.0.1:9").map(drop)),
     ] {
         text += &format!("{what}: {}\n", said(result));
