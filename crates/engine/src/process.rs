@@ -88,8 +88,8 @@ impl Running {
     }
 }
 
-/// Runs the worker `program` on `request` in `dir`, which must exist and be empty of `request.json`. Temporary
-/// files go there too.
+/// Runs the worker `program` on `request` in `dir`, which must exist and be empty of `request.json`.
+/// Temporary files go there too.
 pub fn run(
     program: &Path,
     request: &Request,
@@ -185,7 +185,8 @@ fn memory(dir: &Path) -> std::io::Result<File> {
     #[cfg(target_os = "linux")]
     let (_, file) = (dir, rustix::fs::memfd_create("stderr", rustix::fs::MemfdFlags::CLOEXEC)?);
     #[cfg(not(target_os = "linux"))]
-    let file = File::create_new(dir.join("stderr.log"))?;
+    let file =
+        File::options().read(true).write(true).create_new(true).open(dir.join("stderr.log"))?;
     Ok(file.into())
 }
 

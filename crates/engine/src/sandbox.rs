@@ -43,7 +43,7 @@ impl Allowed {
 #[cfg(target_os = "linux")]
 const RULES: landlock::ABI = landlock::ABI::V5;
 
-/// Rules for a process, for it to lay on itself (`step::worker`); none where the kernel has no Landlock.
+/// Rules for a process to lay on itself (`step::worker`); none where the kernel has no Landlock.
 #[cfg(target_os = "linux")]
 pub(crate) fn rules(allowed: &Allowed) -> io::Result<Option<OwnedFd>> {
     use landlock::{Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetCreatedAttr};
