@@ -4,9 +4,13 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use checkpoint::weights::Weights;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use step::StepDef;
 
 use super::*;
 use crate::data::Rows;
+use crate::optimiser::{Optimiser, Trainable};
 use crate::tensor;
 
 const ARCHITECTURES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
@@ -16,6 +20,8 @@ fn folder(architecture: &str) -> PathBuf {
 }
 
 fn model(architecture: &str) -> Decoder {
+    // Models this small are slower with two threads that wait for each other.
+    tch::set_num_threads(1);
     let dir = folder(architecture);
     let config = Config::read(&dir).unwrap();
     let weights = Weights::open(&dir).unwrap();
@@ -81,6 +87,31 @@ fn logits_loss_and_gradients_are_those_of_transformers_and_peft() {
         for (name, leaf) in leaves {
             let off = distance(&leaf.grad(), &expected[&format!("gradient.{name}")]);
             assert!(off <= 1e-5, "{architecture}: gradient of {name} off by {off}");
+        }
+    }
+}
+
+#[test]
+fn fifty_steps_stay_with_those_of_peft() {
+    let params = json!({"learning_rate": 2e-3, "weight_decay": 0.01, "max_grad_norm": 0.0});
+    let Value::Object(params) = params else { unreachable!("an object") };
+    let params = (StepDef::of::<train::Lora>().resolve)(params).unwrap();
+    let training = train::Lora::deserialize(&params).unwrap().training();
+    for architecture in ARCHITECTURES {
+        let (mut model, expected) = (model(architecture), expected(architecture));
+        let batch = batch(&expected["ids"]);
+        let trainables = adapt(&mut model, &expected);
+        let trainables =
+            trainables.into_iter().map(|(name, tensor)| Trainable { name, tensor, decays: true });
+        let mut optimiser = Optimiser::new(trainables.collect(), &training);
+        for (step, theirs) in Vec::<f64>::try_from(&expected["losses"]).unwrap().iter().enumerate()
+        {
+            let loss = model.loss(&batch, false) / batch.targets.numel() as f64;
+            loss.backward();
+            let _ = optimiser.step(training.learning_rate).unwrap();
+            let ours = loss.double_value(&[]);
+            let off = (ours - theirs).abs() / theirs;
+            assert!(off <= 1e-4, "{architecture}: step {step}: {ours}, not {theirs}");
         }
     }
 }
