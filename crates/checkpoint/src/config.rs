@@ -18,11 +18,19 @@ pub enum Architecture {
     Qwen2,
     /// As Qwen2 without the biases, but with norms on queries and keys.
     Qwen3,
+    /// The text part of Gemma 3: norms before and after, weights of norms from 0, GELU, a scaled
+    /// embedding, and other rotary positions in sliding windows.
+    Gemma3,
 }
 
 impl Architecture {
-    pub const ALL: [Architecture; 4] =
-        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
+    pub const ALL: [Architecture; 5] = [
+        Architecture::Llama,
+        Architecture::Mistral,
+        Architecture::Qwen2,
+        Architecture::Qwen3,
+        Architecture::Gemma3,
+    ];
 
     /// The architecture of a `model_type`, if it is built.
     pub fn of(model_type: &str) -> Option<Self> {
@@ -35,6 +43,7 @@ impl Architecture {
             Architecture::Mistral => "mistral",
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
+            Architecture::Gemma3 => "gemma3_text",
         }
     }
 }
@@ -54,6 +63,8 @@ pub struct Config {
     pub rms_norm_eps: f64,
     pub rope_theta: f64,
     pub rope_scaling: Option<Llama3>,
+    /// The theta of layers with a window, where it is another one.
+    pub rope_theta_near: Option<f64>,
     /// Of queries, keys and values; and of what attention gives.
     pub qkv_bias: bool,
     pub o_bias: bool,
@@ -61,6 +72,8 @@ pub struct Config {
     pub qk_norm: bool,
     /// For each layer, how many positions a query sees at most, itself counted; `None`: all before it.
     pub windows: Vec<Option<usize>>,
+    /// Products of queries and keys are divided by the root of this.
+    pub query_scale: usize,
     /// Whether the head is the embedding.
     pub tied: bool,
     pub bos_token_id: Option<u32>,
@@ -110,25 +123,39 @@ impl Config {
         let num_layers = keys.size("num_hidden_layers")?;
         let attention_bias = keys.flag("attention_bias");
         let rope = map.get("rope_parameters").or(map.get("rope_scaling"));
+        // Gemma 3 has rotary positions by the kind of layer.
+        let near = rope.and_then(|rope| rope.get("sliding_attention"));
+        let rope = rope.and_then(|rope| rope.get("full_attention")).or(rope);
         let theta = map.get("rope_theta").or_else(|| rope?.get("rope_theta"));
+        let near = map.get("rope_local_base_freq").or_else(|| near?.get("rope_theta"));
+        let head_dim = keys.size_or("head_dim", hidden_size / num_heads)?;
+        let gemma = architecture == Architecture::Gemma3;
         let config = Self {
             architecture,
             hidden_size,
             num_layers,
             num_heads,
             num_kv_heads: keys.size_or("num_key_value_heads", num_heads)?,
-            head_dim: keys.size_or("head_dim", hidden_size / num_heads)?,
+            head_dim,
             intermediate_size: keys.size("intermediate_size")?,
             vocab_size: keys.size("vocab_size")?,
             max_positions: keys.size_or("max_position_embeddings", 2048)?,
             rms_norm_eps: map.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-6),
-            rope_theta: theta.and_then(Value::as_f64).unwrap_or(10_000.0),
+            rope_theta: theta.and_then(Value::as_f64).unwrap_or(if gemma { 1e6 } else { 1e4 }),
+            rope_theta_near: near.and_then(Value::as_f64).or(Some(1e4)).filter(|_| gemma),
             rope_scaling: keys.rope_scaling(rope)?,
             qkv_bias: architecture == Architecture::Qwen2 || attention_bias,
             o_bias: architecture != Architecture::Qwen2 && attention_bias,
-            qk_norm: architecture == Architecture::Qwen3,
+            qk_norm: gemma || architecture == Architecture::Qwen3,
             windows: keys.windows(architecture, num_layers)?,
-            tied: keys.flag("tie_word_embeddings"),
+            query_scale: match gemma {
+                true => keys.size_or("query_pre_attn_scalar", 256)?,
+                false => head_dim,
+            },
+            tied: match map.get("tie_word_embeddings") {
+                Some(tied) => tied.as_bool().unwrap_or(gemma),
+                None => gemma,
+            },
             bos_token_id: keys.ids("bos_token_id").first().copied(),
             eos_token_ids: keys.ids("eos_token_id"),
             pad_token_id: keys.ids("pad_token_id").first().copied(),
@@ -280,6 +307,11 @@ impl Keys<'_> {
         };
         let Some(size) = size else { return Ok(vec![None; layers]) };
         let Some(types) = self.map.get("layer_types").and_then(Value::as_array) else {
+            if architecture == Architecture::Gemma3 {
+                let every = self.map.get("sliding_window_pattern").and_then(Value::as_u64);
+                let every = every.unwrap_or(6).max(1) as usize;
+                return Ok((1..=layers).map(|i| (i % every != 0).then_some(size)).collect());
+            }
             let first = match architecture {
                 Architecture::Mistral => 0,
                 _ => self.map.get("max_window_layers").and_then(Value::as_u64).unwrap_or(28),
@@ -325,17 +357,33 @@ impl Keys<'_> {
         if let Some(value @ Value::Bool(true)) = self.map.get("mlp_bias") {
             return refuse("mlp_bias", value);
         }
+        let gemma = self.text("model_type")? == Architecture::Gemma3.model_type();
+        let own = if gemma { "gelu_pytorch_tanh" } else { "silu" };
         for key in ["hidden_act", "hidden_activation"] {
             match self.map.get(key) {
                 None | Some(Value::Null) => {}
-                Some(Value::String(act)) if act == "silu" => {}
+                Some(Value::String(act)) if act == own => {}
                 Some(other) => return refuse(key, other),
             }
         }
+        for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
+            match self.map.get(key) {
+                None | Some(Value::Null) => {}
+                Some(cap) => return refuse(key, cap),
+            }
+        }
+        if let Some(value @ Value::Bool(true)) = self.map.get("use_bidirectional_attention") {
+            return refuse("use_bidirectional_attention", value);
+        }
         for key in ["rope_scaling", "rope_parameters"] {
             let Some(rope @ Value::Object(_)) = self.map.get(key) else { continue };
-            if rope_type(rope).is_some_and(|kind| kind != "default" && kind != "llama3") {
-                return refuse(key, rope);
+            let parts = ["full_attention", "sliding_attention"].map(|part| rope.get(part));
+            for part in [Some(rope)].into_iter().chain(parts).flatten() {
+                let known = ["default", "llama3"];
+                if rope_type(part).is_some_and(|kind| !known[..2 - gemma as usize].contains(&kind))
+                {
+                    return refuse(key, rope);
+                }
             }
         }
         match self.map.get("quantization_config") {
@@ -383,6 +431,8 @@ mod tests {
             ("mistral", r#""sliding_window":null,"#, [None, None]),
             ("qwen2", window, [None, Some(7)]),
             ("qwen3", types, [None, None]),
+            ("gemma3_text", window, [Some(7), Some(7)]),
+            ("gemma3_text", types, [Some(7), None]),
         ] {
             let json = TINY.replacen(
                 "{\"model_type\":\"llama\",",
@@ -419,8 +469,8 @@ mod tests {
         for (from, to, message) in [
             (
                 "llama",
-                "gemma3_text",
-                "config.json: architecture `gemma3_text` is not built yet; llama, mistral, qwen2 and qwen3 are",
+                "phi3",
+                "config.json: architecture `phi3` is not built yet; llama, mistral, qwen2, qwen3 and gemma3_text are",
             ),
             ("\"vocab_size\":96,", "", "config.json has no `vocab_size`"),
             (

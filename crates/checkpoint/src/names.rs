@@ -1,6 +1,6 @@
 //! The names and shapes of a model's tensors, as Hugging Face writes them.
 
-use crate::config::Config;
+use crate::config::{Architecture, Config};
 
 pub const EMBED: &str = "model.embed_tokens.weight";
 pub const NORM: &str = "model.norm.weight";
@@ -50,6 +50,19 @@ pub fn linear_shape(config: &Config, part: &str) -> Option<[usize; 2]> {
     })
 }
 
+/// The norms of the residual stream in a block, in the order in which they are used.
+pub fn norms(config: &Config) -> &'static [&'static str] {
+    match config.architecture {
+        Architecture::Gemma3 => &[
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        ],
+        _ => &["input_layernorm", "post_attention_layernorm"],
+    }
+}
+
 /// Every tensor that a checkpoint of this config holds, with its shape.
 pub fn expected(config: &Config) -> Vec<(String, Vec<usize>)> {
     let h = config.hidden_size;
@@ -66,8 +79,9 @@ pub fn expected(config: &Config) -> Vec<(String, Vec<usize>)> {
             all.push((layer(i, "self_attn.q_norm"), vec![config.head_dim]));
             all.push((layer(i, "self_attn.k_norm"), vec![config.head_dim]));
         }
-        all.push((layer(i, "input_layernorm"), vec![h]));
-        all.push((layer(i, "post_attention_layernorm"), vec![h]));
+        for norm in norms(config) {
+            all.push((layer(i, norm), vec![h]));
+        }
     }
     all.push((NORM.to_string(), vec![h]));
     if !config.tied {

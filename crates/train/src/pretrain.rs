@@ -129,6 +129,8 @@ impl Pretrain {
             rms_norm_eps: self.rms_norm_eps,
             rope_theta: self.rope_theta,
             rope_scaling: None,
+            rope_theta_near: None,
+            query_scale: self.head_dim,
             qkv_bias: false,
             o_bias: false,
             qk_norm: false,

@@ -1,5 +1,6 @@
 //! A pre-norm decoder as a module that can be trained, one forward pass: Llama (Touvron et al.,
-//! 2023) and what differs from it by biases, norms of heads and windows: Mistral, Qwen2, Qwen3.
+//! 2023), what differs from it by biases, norms of heads and windows (Mistral, Qwen2, Qwen3), and
+//! Gemma 3's text.
 //!
 //! The order of operations, and so of roundings, is that of transformers' modeling_llama.py,
 //! modeling_qwen2.py and modeling_qwen3.py.
@@ -9,7 +10,7 @@
 //! size, V vocabulary, N positions that predict something.
 
 use anyhow::Result;
-use checkpoint::config::{Config, Llama3};
+use checkpoint::config::{Architecture, Config, Llama3};
 use checkpoint::names;
 use tch::{Device, Kind, Reduction, Tensor};
 
@@ -44,11 +45,12 @@ pub struct Decoder {
     /// [V, C]
     embedding: Tensor,
     layers: Vec<Layer>,
-    /// [C]
-    norm: Tensor,
+    norm: Norm,
     /// [V, C]: the embedding itself in a tied model.
     head: Linear,
     rotary: Rotary,
+    /// Of layers with a window, where theirs is another one.
+    rotary_near: Option<Rotary>,
 }
 
 impl Decoder {
@@ -66,11 +68,13 @@ impl Decoder {
         let mut take = |name: &str| weights.remove(name).expect("the model's own tensor names");
         let embedding = take(names::EMBED);
         let layers = (0..config.num_layers).map(|i| Layer::new(&config, i, &mut take)).collect();
-        let norm = take(names::NORM);
+        let norm = Norm::new(&config, take(names::NORM));
         let head = if config.tied { embedding.shallow_clone() } else { take(names::LM_HEAD) };
-        let rotary = Rotary::new(&config, embedding.device());
+        let rotary = |theta| Rotary::new(&config, theta, embedding.device());
+        let rotary_near = config.rope_theta_near.map(rotary);
+        let rotary = rotary(config.rope_theta);
         let head = Linear { name: names::LM_HEAD.into(), weight: head, bias: None, lora: None };
-        Ok(Self { config, compute, embedding, layers, norm, head, rotary })
+        Ok(Self { config, compute, embedding, layers, norm, head, rotary, rotary_near })
     }
 
     /// What the model misses in `batch`: the sum over predicting positions of weight × -ln p, a
@@ -85,25 +89,29 @@ impl Decoder {
 
     /// [B·T, C], after the last norm, in the compute kind.
     fn hidden(&self, batch: &Batch, dropout: bool) -> Tensor {
-        let rotary = match &batch.packed {
-            Some(packed) => self.rotary.at(&packed.positions),
-            None => self.rotary.first(batch.ids.size()[1]),
-        }
-        .to_kind(self.compute);
+        let rotary = self.rotary.of(batch, self.compute);
+        let near = self.rotary_near.as_ref().map(|near| near.of(batch, self.compute));
         let masks = Masks::new(&self.config.windows, batch);
         let ids = batch.ids.flatten(0, 1);
         let mut x = Tensor::embedding(&self.embedding, &ids, -1, false, false);
-        for layer in &self.layers {
-            x = layer.forward(&x, &self.config, self.compute, &rotary, &masks, dropout);
+        if self.config.architecture == Architecture::Gemma3 {
+            // Rounded as the weights are.
+            let scale = Tensor::from((self.config.hidden_size as f64).sqrt());
+            x = &x * scale.to_device(x.device()).to_kind(x.kind());
         }
-        rms_norm(&x, &self.norm, self.config.rms_norm_eps, self.compute)
+        for layer in &self.layers {
+            let near = near.as_ref().filter(|_| layer.window.is_some());
+            let rotary = near.unwrap_or(&rotary);
+            x = layer.forward(&x, &self.config, self.compute, rotary, &masks, dropout);
+        }
+        self.norm.forward(&x, self.compute)
     }
 
     /// The weights by their names in a checkpoint, in the order of [`names::expected`].
     pub fn weights(&self) -> Vec<(String, Tensor)> {
         let mut all = std::collections::BTreeMap::new();
         all.insert(names::EMBED.to_string(), self.embedding.shallow_clone());
-        all.insert(names::NORM.to_string(), self.norm.shallow_clone());
+        all.insert(names::NORM.to_string(), self.norm.weight.shallow_clone());
         for (i, layer) in self.layers.iter().enumerate() {
             for linear in layer.linears() {
                 all.insert(linear.name.clone(), linear.weight.shallow_clone());
@@ -114,11 +122,11 @@ impl Decoder {
             }
             for (head, norm) in ["q", "k"].iter().zip(layer.head_norms.iter().flatten()) {
                 let name = names::layer(i, &format!("self_attn.{head}_norm"));
-                all.insert(name, norm.shallow_clone());
+                all.insert(name, norm.weight.shallow_clone());
             }
-            all.insert(names::layer(i, "input_layernorm"), layer.attention_norm.shallow_clone());
-            let norm = layer.mlp_norm.shallow_clone();
-            all.insert(names::layer(i, "post_attention_layernorm"), norm);
+            for (name, norm) in names::norms(&self.config).iter().zip(&layer.norms) {
+                all.insert(names::layer(i, name), norm.weight.shallow_clone());
+            }
         }
         if !self.config.tied {
             all.insert(self.head.name.clone(), self.head.weight.shallow_clone());
@@ -137,14 +145,14 @@ impl Decoder {
 struct Layer {
     /// How many positions a query sees at most.
     window: Option<usize>,
-    attention_norm: Tensor,
+    /// As [`names::norms`] names them.
+    norms: Vec<Norm>,
     /// Of queries and keys: [D] each.
-    head_norms: Option<[Tensor; 2]>,
+    head_norms: Option<[Norm; 2]>,
     q: Linear,
     k: Linear,
     v: Linear,
     o: Linear,
-    mlp_norm: Tensor,
     gate: Linear,
     up: Linear,
     down: Linear,
@@ -167,10 +175,13 @@ impl Layer {
             up: linear("mlp.up_proj"),
             down: linear("mlp.down_proj"),
             head_norms: config.qk_norm.then(|| {
-                ["q", "k"].map(|head| take(&names::layer(i, &format!("self_attn.{head}_norm"))))
+                ["self_attn.q_norm", "self_attn.k_norm"]
+                    .map(|name| Norm::new(config, take(&names::layer(i, name))))
             }),
-            attention_norm: take(&names::layer(i, "input_layernorm")),
-            mlp_norm: take(&names::layer(i, "post_attention_layernorm")),
+            norms: names::norms(config)
+                .iter()
+                .map(|name| Norm::new(config, take(&names::layer(i, name))))
+                .collect(),
         }
     }
 
@@ -187,11 +198,13 @@ impl Layer {
         let (h, g) = (config.num_heads as i64, config.num_kv_heads as i64);
         let d = config.head_dim as i64;
 
-        let y = rms_norm(x, &self.attention_norm, config.rms_norm_eps, compute);
-        let turned = |linear: &Linear, norm: Option<&Tensor>| {
+        let gemma = config.architecture == Architecture::Gemma3;
+
+        let y = self.norms[0].forward(x, compute);
+        let turned = |linear: &Linear, norm: Option<&Norm>| {
             let x = linear.forward(&y, dropout);
             let Some(norm) = norm else { return rotary.turn(&x) };
-            let heads = rms_norm(&x.reshape([-1, d]), norm, config.rms_norm_eps, compute);
+            let heads = norm.forward(&x.reshape([-1, d]), compute);
             rotary.turn(&heads.view_as(&x))
         };
         let [q_norm, k_norm] = match &self.head_norms {
@@ -202,13 +215,32 @@ impl Layer {
         let v = rotary.heads(&self.v.forward(&y, dropout));
         let mask = masks.of(self.window);
         let causal = mask.is_none();
-        let y = Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, causal, None, h != g);
+        // Libtorch's own where it is the same: it need not be the same bits.
+        let own = config.query_scale == config.head_dim;
+        let scale = (!own).then(|| (config.query_scale as f64).powf(-0.5));
+        let y = Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, causal, scale, h != g);
         let y = y.transpose(1, 2).reshape([-1, h * d]);
-        let x = x + self.o.forward(&y, dropout);
+        let y = self.o.forward(&y, dropout);
+        let (x, y) = match self.norms.as_slice() {
+            [_, after, before, _] => {
+                let x = x + after.forward(&y, compute);
+                let y = before.forward(&x, compute);
+                (x, y)
+            }
+            norms => {
+                let x = x + y;
+                let y = norms[1].forward(&x, compute);
+                (x, y)
+            }
+        };
 
-        let y = rms_norm(&x, &self.mlp_norm, config.rms_norm_eps, compute);
-        let y = self.gate.forward(&y, dropout).silu() * self.up.forward(&y, dropout);
-        x + self.down.forward(&y, dropout)
+        let gate = self.gate.forward(&y, dropout);
+        let gate = if gemma { gate.gelu("tanh") } else { gate.silu() };
+        let y = self.down.forward(&(gate * self.up.forward(&y, dropout)), dropout);
+        match self.norms.get(3) {
+            Some(after) => x + after.forward(&y, compute),
+            None => x + y,
+        }
     }
 
     fn linears(&self) -> [&Linear; 7] {
@@ -300,15 +332,34 @@ impl Masks {
     }
 }
 
-/// w · x̂ with x̂ = x / √(mean x² + eps), rounded to the compute kind before w is applied.
-fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, compute: Kind) -> Tensor {
-    if fused::takes(x) && compute == Kind::Float {
-        return fused::rms_norm(x, weight, eps);
+/// w · x̂ with x̂ = x / √(mean x² + eps), over the last dimension.
+struct Norm {
+    weight: Tensor,
+    eps: f64,
+    /// Gemma's weights count from 0: (1 + w) · x̂, rounded after the product and not before it.
+    shifted: bool,
+}
+
+impl Norm {
+    fn new(config: &Config, weight: Tensor) -> Self {
+        let shifted = config.architecture == Architecture::Gemma3;
+        Self { weight, eps: config.rms_norm_eps, shifted }
     }
-    let x = x.to_kind(Kind::Float);
-    let variance = x.square().mean_dim(-1, true, Kind::Float);
-    let x = x * (variance + eps).rsqrt();
-    weight.to_kind(compute) * x.to_kind(compute)
+
+    /// In the compute kind.
+    fn forward(&self, x: &Tensor, compute: Kind) -> Tensor {
+        let shifted = self.shifted.then(|| self.weight.to_kind(Kind::Float) + 1.0);
+        if fused::takes(x) && compute == Kind::Float {
+            return fused::rms_norm(x, shifted.as_ref().unwrap_or(&self.weight), self.eps);
+        }
+        let x = x.to_kind(Kind::Float);
+        let variance = x.square().mean_dim(-1, true, Kind::Float);
+        let x = x * (variance + self.eps).rsqrt();
+        match shifted {
+            Some(weight) => (x * weight).to_kind(compute),
+            None => self.weight.to_kind(compute) * x.to_kind(compute),
+        }
+    }
 }
 
 /// Llama 3.1's frequencies: long waves are stretched by a factor, short ones are not, and those in
@@ -332,11 +383,11 @@ struct Rotary {
 }
 
 impl Rotary {
-    fn new(config: &Config, device: Device) -> Self {
+    fn new(config: &Config, theta: f64, device: Device) -> Self {
         let d = config.head_dim as i64;
         let exponents = Tensor::arange_start_step(0, d, 2, (Kind::Int64, device));
         let exponents = exponents.to_kind(Kind::Float) / d as f64;
-        let frequencies = Tensor::pow_scalar(config.rope_theta, &exponents).reciprocal();
+        let frequencies = Tensor::pow_scalar(theta, &exponents).reciprocal();
         let frequencies = match &config.rope_scaling {
             Some(scaling) => stretched(&frequencies, scaling),
             None => frequencies,
@@ -345,6 +396,15 @@ impl Rotary {
         let angles = positions.outer(&frequencies);
         let angles = Tensor::cat(&[&angles, &angles], -1);
         Self { cos: angles.cos(), sin: angles.sin() }
+    }
+
+    /// Of the positions of a batch.
+    fn of(&self, batch: &Batch, kind: Kind) -> Self {
+        let of = match &batch.packed {
+            Some(packed) => self.at(&packed.positions),
+            None => self.first(batch.ids.size()[1]),
+        };
+        of.to_kind(kind)
     }
 
     /// Of positions 0..t.

@@ -13,7 +13,7 @@ use crate::data::Rows;
 use crate::optimiser::{Optimiser, Trainable};
 use crate::tensor;
 
-const ARCHITECTURES: [&str; 4] = ["llama", "mistral", "qwen2", "qwen3"];
+const ARCHITECTURES: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "gemma3"];
 
 fn folder(architecture: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/worker/golden").join(architecture)

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config,
+)
 
 HERE = Path(__file__).parent
 COMMON = dict(
@@ -37,13 +39,22 @@ MODELS = {
         tie_word_embeddings=False,
     ),
     "qwen3": Qwen3Config(**COMMON, num_hidden_layers=2, head_dim=16, tie_word_embeddings=True),
+    "gemma3": Gemma3TextConfig(
+        **COMMON, num_hidden_layers=3, head_dim=16, query_pre_attn_scalar=20, sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        },
+    ),
 }
 
 
 def randomise(model):
     """What starts as ones or zeros would hide that it is used."""
     for name, weight in model.named_parameters():
-        scale, shift = (0.1, 1.0) if "norm" in name else (0.3, 0.0)
+        from_zero = model.config.model_type == "gemma3_text"
+        scale, shift = (0.1, 0.0 if from_zero else 1.0) if "norm" in name else (0.3, 0.0)
         torch.nn.init.normal_(weight, shift, scale)
 
 
