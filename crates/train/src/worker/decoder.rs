@@ -197,8 +197,12 @@ impl Layer {
     ) -> Tensor {
         let (h, g) = (config.num_heads as i64, config.num_kv_heads as i64);
         let d = config.head_dim as i64;
-
         let gemma = config.architecture == Architecture::Gemma3;
+        // Gemma's norms stand before and after; the others' before only.
+        let after = |y: Tensor, norm: usize| match gemma {
+            true => self.norms[norm].forward(&y, compute),
+            false => y,
+        };
 
         let y = self.norms[0].forward(x, compute);
         let turned = |linear: &Linear, norm: Option<&Norm>| {
@@ -220,27 +224,13 @@ impl Layer {
         let scale = (!own).then(|| (config.query_scale as f64).powf(-0.5));
         let y = Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, causal, scale, h != g);
         let y = y.transpose(1, 2).reshape([-1, h * d]);
-        let y = self.o.forward(&y, dropout);
-        let (x, y) = match self.norms.as_slice() {
-            [_, after, before, _] => {
-                let x = x + after.forward(&y, compute);
-                let y = before.forward(&x, compute);
-                (x, y)
-            }
-            norms => {
-                let x = x + y;
-                let y = norms[1].forward(&x, compute);
-                (x, y)
-            }
-        };
+        let x = x + after(self.o.forward(&y, dropout), 1);
 
+        let y = self.norms[if gemma { 2 } else { 1 }].forward(&x, compute);
         let gate = self.gate.forward(&y, dropout);
         let gate = if gemma { gate.gelu("tanh") } else { gate.silu() };
-        let y = self.down.forward(&(gate * self.up.forward(&y, dropout)), dropout);
-        match self.norms.get(3) {
-            Some(after) => x + after.forward(&y, compute),
-            None => x + y,
-        }
+        let y = gate * self.up.forward(&y, dropout);
+        x + after(self.down.forward(&y, dropout), 3)
     }
 
     fn linears(&self) -> [&Linear; 7] {
