@@ -112,7 +112,8 @@ impl Bench {
             );
         }
         fs::write(dir.join("recipes/b.toml"), recipe)?;
-        let there = |peer: &&Peer| engine::tools::on_path(peer.name).is_some();
+        let there =
+            |peer: &&Peer| steps <= peer.most && engine::tools::on_path(peer.name).is_some();
         let peers: Vec<&Peer> = PEERS.iter().filter(there).collect();
         for peer in &peers {
             (peer.set_up)(&peer.dir(&dir)?, steps).with_context(|| peer.name)?;

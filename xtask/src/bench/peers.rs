@@ -15,6 +15,8 @@ pub struct Peer {
     args: &'static [&'static str],
     /// One round is enough of it: it takes seconds or minutes.
     pub patient: bool,
+    /// With more steps than this it is not asked: a thousand take DVC ten minutes.
+    pub most: usize,
     /// Writes what makes it copy `recipes/b/<i>.txt` to `out/<i>`, for so many.
     pub set_up: fn(&Path, usize) -> anyhow::Result<()>,
 }
@@ -24,6 +26,7 @@ pub const PEERS: [Peer; 5] = [
         name: "ninja",
         args: &["--quiet"],
         patient: false,
+        most: usize::MAX,
         set_up: |dir, steps| {
             let mut text = String::from("rule copy\n  command = cp $in $out\n");
             (0..steps).for_each(|i| _ = writeln!(text, "build out/{i}: copy recipes/b/{i}.txt"));
@@ -34,6 +37,7 @@ pub const PEERS: [Peer; 5] = [
         name: "make",
         args: &["--silent", "-j2"],
         patient: false,
+        most: usize::MAX,
         set_up: |dir, steps| {
             let mut text = String::from("all:");
             (0..steps).for_each(|i| _ = write!(text, " out/{i}"));
@@ -46,6 +50,7 @@ pub const PEERS: [Peer; 5] = [
         name: "snakemake",
         args: &["--cores", "2", "--quiet", "all"],
         patient: true,
+        most: usize::MAX,
         set_up: |dir, steps| {
             let text = format!(
                 "rule all:\n    input: expand(\"out/{{i}}\", i=range({steps}))\n\
@@ -59,6 +64,7 @@ pub const PEERS: [Peer; 5] = [
         name: "dvc",
         args: &["repro", "--quiet"],
         patient: true,
+        most: 100,
         set_up: |dir, steps| {
             let mut text = String::from("stages:\n  copy:\n    foreach:\n");
             (0..steps).for_each(|i| _ = writeln!(text, "    - {i}"));
@@ -72,6 +78,7 @@ pub const PEERS: [Peer; 5] = [
         name: "turbo",
         args: &["run", "build", "--no-daemon"],
         patient: true,
+        most: usize::MAX,
         set_up: |dir, steps| {
             let root = "{\"name\": \"b\", \"packageManager\": \"npm@10.0.0\", \"workspaces\": [\"packages/*\"]}\n";
             fs::write(dir.join("package.json"), root)?;
