@@ -143,19 +143,24 @@ fn plan(engine: &Engine, targets: &Targets, json: bool) -> anyhow::Result<ExitCo
     Ok(if blocked { error::INPUT.into() } else { ExitCode::SUCCESS })
 }
 
-/// Tools that stale targets need and that are not there yet, with what fetching them means.
-fn to_fetch(engine: &Engine, graph: &Graph, plan: &Plan) -> BTreeMap<&'static str, String> {
+/// What stale targets need from outside: pinned tools that are not there yet, and pinned sources.
+fn to_fetch(engine: &Engine, graph: &Graph, plan: &Plan) -> BTreeMap<String, String> {
     let stale = |node: &&engine::Node| {
         plan.get(&node.id).is_some_and(|planned| matches!(planned.status, Status::Stale(_)))
     };
-    let needed = graph.nodes.iter().filter(stale);
-    let names = needed.flat_map(|node| node.def.tools.iter().chain(node.family.build_tools));
+    let needed: Vec<_> = graph.nodes.iter().filter(stale).collect();
+    let names = needed.iter().flat_map(|node| node.def.tools.iter().chain(node.family.build_tools));
     let dir = engine.store().tools_dir();
-    names
-        .map(|name| (*name, engine::tools::status(name, engine.root(), &dir)))
+    let tools = names
+        .map(|name| (name.to_string(), engine::tools::status(name, engine.root(), &dir)))
         .filter(|(_, status)| status.state == "fetched on first need")
-        .map(|(name, status)| (name, status.detail))
-        .collect()
+        .map(|(name, status)| (name, status.detail));
+    let sources = needed.iter().filter_map(|node| {
+        let files = node.params.pointer("/lock/files")?.as_object()?;
+        let size = files.values().filter_map(|file| file["size"].as_u64()).sum();
+        Some((node.id.to_string(), display::bytes(size)))
+    });
+    tools.chain(sources).collect()
 }
 
 fn plan_json(planned: &engine::Planned) -> serde_json::Value {
