@@ -39,13 +39,30 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    fn fail(&mut self, node: &Node, error: Error, stopped: bool, tell: &dyn Fn(Event<'_>)) {
-        if let Error::Failure(failure) = &error
-            && !stopped
-        {
-            tell(Event::Failed { target: &node.id, failure });
+    /// Takes in what came of a target. Returns its output, if it is made.
+    fn ended(
+        &mut self,
+        node: &Node,
+        made: Result<Built, Error>,
+        stopped: bool,
+        tell: &dyn Fn(Event<'_>),
+    ) -> Option<TreeDigest> {
+        match made {
+            Ok(built) => {
+                let output = built.output;
+                self.built.push(built);
+                Some(output)
+            }
+            Err(error) => {
+                if let Error::Failure(failure) = &error
+                    && !stopped
+                {
+                    tell(Event::Failed { target: &node.id, failure });
+                }
+                self.failed.push((node.id.clone(), error));
+                None
+            }
         }
-        self.failed.push((node.id.clone(), error));
     }
 
     /// What was built, if nothing failed; else the first failure.
@@ -110,7 +127,7 @@ impl Slot {
 
 enum Looked {
     Found(Built),
-    Stale(Box<Ready>, Stale),
+    Stale(Box<Ready>, Stale, Share),
 }
 
 impl Engine {
@@ -143,20 +160,19 @@ impl Engine {
                 let going_on = outcome.failed.is_empty() || options.keep_going;
                 while let Some(place) = schedule.next().filter(|_| going_on) {
                     let node = &graph.nodes[place];
-                    let known = &facts[&node.id].0;
-                    match self.look(node, known, &outputs, &tell) {
-                        Ok(Looked::Found(built)) => {
-                            outputs.insert(node.id.clone(), built.output);
-                            outcome.built.push(built);
-                            schedule.made(place);
-                        }
-                        Ok(Looked::Stale(ready, stale)) => {
-                            let share = machine.limit(self.share(node, known));
+                    let found = match self.look(node, &facts[&node.id].0, &outputs, &tell) {
+                        Ok(Looked::Stale(ready, stale, share)) => {
+                            let share = machine.limit(share);
                             line.push_back(Waiting { place, ready: *ready, stale, share });
+                            continue;
                         }
-                        Err(error) => {
-                            outcome.fail(node, error, self.running.is_stopped(), &tell);
-                        }
+                        Ok(Looked::Found(built)) => Ok(built),
+                        Err(error) => Err(error),
+                    };
+                    let stopped = self.running.is_stopped();
+                    if let Some(output) = outcome.ended(node, found, stopped, &tell) {
+                        outputs.insert(node.id.clone(), output);
+                        schedule.made(place);
                     }
                 }
                 if !going_on {
@@ -165,7 +181,7 @@ impl Engine {
                 while let Some(next) = line.pop_front_if(|next| machine.has(next.share)) {
                     let Waiting { place, ready, stale, share } = next;
                     let node = &graph.nodes[place];
-                    let inputs = self.inputs_of(node, &outputs);
+                    let inputs = node.targets().map(|id| (id.clone(), outputs[id])).collect();
                     let (sender, tell) = (sender.clone(), &tell);
                     let slot = Slot { held: Cell::new(share), freed: Some(sender.clone()) };
                     running += 1;
@@ -199,15 +215,10 @@ impl Engine {
                 };
                 running -= 1;
                 let node = &graph.nodes[place];
-                match made {
-                    Ok(built) => {
-                        outputs.insert(node.id.clone(), built.output);
-                        outcome.built.push(built);
-                        schedule.made(place);
-                    }
-                    Err(error) => {
-                        outcome.fail(node, error, self.running.is_stopped(), &tell);
-                    }
+                let stopped = self.running.is_stopped();
+                if let Some(output) = outcome.ended(node, made, stopped, &tell) {
+                    outputs.insert(node.id.clone(), output);
+                    schedule.made(place);
                 }
             }
         });
@@ -222,19 +233,6 @@ impl Engine {
         let ids = graph.nodes.iter().map(|node| &node.id);
         outcome.lost = ids.filter(|id| !done.contains(id)).cloned().collect();
         Ok(outcome)
-    }
-
-    /// What a step takes of the machine: what it says of itself, or what it took last time.
-    fn share(&self, node: &Node, known: &Known) -> Share {
-        let needs = (node.def.needs)(&node.params, known);
-        let last = self.last(&node.id).map_or(0, |last| last.provenance.peak_memory);
-        // On an accelerator it takes less of ours than this.
-        let counted = needs.memory.map_or(0, |memory| memory.on_processor);
-        Share {
-            threads: needs.threads.unwrap_or(usize::MAX),
-            memory: if last > 0 { last } else { counted },
-            accelerator: needs.accelerator,
-        }
     }
 
     /// Whether a target whose inputs are made is made itself.
@@ -264,19 +262,12 @@ impl Engine {
         match found {
             Ok(result) => Ok(Looked::Found(self.found(&node.id, result, tell)?)),
             Err(lost) => {
-                let stale = self.reason(&ready, self.last(&node.id).as_ref(), lost);
-                Ok(Looked::Stale(Box::new(ready), stale))
+                let last = self.last(&node.id);
+                let stale = self.reason(&ready, last.as_ref(), lost);
+                let share = share(node, known, last.as_ref());
+                Ok(Looked::Stale(Box::new(ready), stale, share))
             }
         }
-    }
-
-    /// The outputs that a node takes as inputs.
-    fn inputs_of(
-        &self,
-        node: &Node,
-        outputs: &BTreeMap<TargetId, TreeDigest>,
-    ) -> BTreeMap<TargetId, TreeDigest> {
-        node.targets().map(|id| (id.clone(), outputs[id])).collect()
     }
 
     /// Makes one target, `stale` says why.
@@ -318,6 +309,19 @@ impl Engine {
         let ActionResult { key, output, .. } = result;
         tell(Event::Cached { target, key, output });
         Ok(Built { id: target.clone(), key, output, ran: false })
+    }
+}
+
+/// What a step takes of the machine: what it says of itself, or what it took last time.
+fn share(node: &Node, known: &Known, last: Option<&ActionResult>) -> Share {
+    let needs = (node.def.needs)(&node.params, known);
+    let last = last.map_or(0, |last| last.provenance.peak_memory);
+    // On an accelerator it takes less of ours than this.
+    let counted = needs.memory.map_or(0, |memory| memory.on_processor);
+    Share {
+        threads: needs.threads.unwrap_or(usize::MAX),
+        memory: if last > 0 { last } else { counted },
+        accelerator: needs.accelerator,
     }
 }
 

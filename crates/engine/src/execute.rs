@@ -13,13 +13,12 @@ use step::{ActionResult, Failure, Provenance, TreeDigest, action};
 
 use crate::build::{Slot, threads_here};
 use crate::compiled::Compiled;
-use crate::links::cannot;
 use crate::plan::Ready;
 use crate::process::{self, Said};
 use crate::resolve::{Input, Node, Origin};
 use crate::sandbox::{self, Allowed};
 use crate::target::TargetId;
-use crate::{Engine, Error, Event, Workers, held, tools};
+use crate::{Engine, Error, Event, Workers, cannot, held, tools};
 
 impl Engine {
     /// Runs the worker and takes its output in; records nothing.

@@ -81,14 +81,16 @@ impl Engine {
         self.recall(words);
         let fresh = held(&self.remembered);
         let all = &fresh.as_ref()?.targets;
-        let targets: Vec<&Target> = all.values().collect();
-        let look = |part: &[&Target]| part.iter().for_each(|target| _ = target.rests());
-        let threads = threads_here().min(targets.len() / 100).max(1);
-        std::thread::scope(|scope| {
-            for part in targets.chunks(targets.len() / threads + 1) {
-                scope.spawn(move || look(part));
-            }
-        });
+        // Many are looked at by all threads; what was looked at once is known.
+        const MANY: usize = 200;
+        if all.len() >= MANY {
+            let targets: Vec<&Target> = all.values().collect();
+            std::thread::scope(|scope| {
+                for part in targets.chunks(targets.len().div_ceil(threads_here())) {
+                    scope.spawn(|| part.iter().for_each(|target| _ = target.rests()));
+                }
+            });
+        }
         let mut moved: BTreeSet<&TargetId> =
             all.iter().filter(|(_, target)| !target.rests()).map(|(id, _)| id).collect();
         loop {

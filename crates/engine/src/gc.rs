@@ -41,7 +41,10 @@ impl Engine {
     /// nobody else has the store open: whoever comes last does it. Tells what went.
     pub fn hold_size(&self) -> Result<Option<GcReport>, Error> {
         let added = self.store().take_added();
-        let Some(max_size) = self.max_size()?.filter(|_| added > 0) else { return Ok(None) };
+        if added == 0 {
+            return Ok(None);
+        }
+        let Some(max_size) = self.max_size()? else { return Ok(None) };
         // No less than the store has: to look at every file takes longer than many a build.
         let bound = self.store().root().join("size");
         let known = std::fs::read_to_string(&bound).ok().and_then(|text| text.parse::<u64>().ok());

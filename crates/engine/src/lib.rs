@@ -208,3 +208,11 @@ impl Engine {
 fn held<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
     lock.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+/// Names the act and the path of an I/O error; a full disk has its hint.
+fn cannot(act: &'static str, path: &Path) -> impl Fn(std::io::Error) -> Failure {
+    move |e| {
+        let error = anyhow::Error::new(e).context(format!("cannot {act} {}", path.display()));
+        Failure::from_anyhow(&error)
+    }
+}

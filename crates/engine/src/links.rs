@@ -9,7 +9,7 @@ use step::{ActionResult, Failure, TreeDigest};
 use store::StoreError;
 
 use crate::target::TargetId;
-use crate::{Engine, Error};
+use crate::{Engine, Error, cannot};
 
 impl Engine {
     /// A read-only folder with the files of `tree`. Made once; held to its digest each time (the
@@ -67,14 +67,6 @@ impl Engine {
         write_atomic(&pointer, &text)?;
         self.note_in_history(target, result.key);
         Ok(())
-    }
-}
-
-/// Names the act and the path of an I/O error; a full disk has its hint.
-pub(crate) fn cannot(act: &'static str, path: &Path) -> impl Fn(std::io::Error) -> Failure {
-    move |e| {
-        let error = anyhow::Error::new(e).context(format!("cannot {act} {}", path.display()));
-        Failure::from_anyhow(&error)
     }
 }
 

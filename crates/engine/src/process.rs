@@ -16,7 +16,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use step::Failure;
 use step::worker::{self, Event, Progress, Request};
 
-use crate::held;
+use crate::{cannot, held};
 
 /// The variables a worker sees, where they are set: what finds programs and the network, and what
 /// picks an accelerator. Everything else is left out, so that it cannot take part in a result.
@@ -99,14 +99,11 @@ pub fn run(
     on: &mut dyn FnMut(Said),
 ) -> Result<Outcome, Failure> {
     let request_path = dir.join("request.json");
-    let io = |what: &str, path: &Path, e: std::io::Error| {
-        Failure::from_anyhow(&anyhow::Error::new(e).context(format!("{what} {}", path.display())))
-    };
     let text = serde_json::to_vec_pretty(request).expect("requests serialise to JSON");
     File::create(&request_path)
         .and_then(|mut f| f.write_all(&text))
-        .map_err(|e| io("cannot write", &request_path, e))?;
-    let mut stderr = memory(dir).map_err(|e| io("cannot write in", dir, e))?;
+        .map_err(cannot("write", &request_path))?;
+    let mut stderr = memory(dir).map_err(cannot("write in", dir))?;
 
     let mut command = Command::new(program);
     command.arg(&request_path).current_dir(dir).env_clear().env("TMPDIR", dir);
@@ -115,7 +112,7 @@ pub fn run(
             command.env(name, value);
         }
     }
-    let end = stderr.try_clone().map_err(|e| io("cannot start", program, e))?;
+    let end = stderr.try_clone().map_err(cannot("start", program))?;
     command.args([worker::ENGINE, &std::process::id().to_string()]);
     match rules {
         Some(rules) => command.arg(worker::CONFINED).stdin(rules),
@@ -123,14 +120,14 @@ pub fn run(
     };
     // Nothing is done between fork and exec, so that the system need not copy this process.
     command.stdout(Stdio::piped()).stderr(end).process_group(0);
-    let child = command.spawn().map_err(|e| io("cannot start", program, e))?;
+    let child = command.spawn().map_err(cannot("start", program))?;
     let mut group = Group::new(child, running);
     let stdout = group.child.stdout.take().expect("standard output is piped");
 
     let mut outcome = Outcome::default();
     let mut failure = None;
     for line in BufReader::new(stdout).split(b'\n') {
-        let line = line.map_err(|e| io("cannot read the events of", program, e))?;
+        let line = line.map_err(cannot("read the events of", program))?;
         match serde_json::from_slice::<Event>(&line) {
             Ok(Event::Progress(progress)) => on(Said::Progress(&progress)),
             Ok(Event::Metric { name, value }) => {
@@ -156,7 +153,7 @@ pub fn run(
             }
         }
     }
-    let status = group.child.wait().map_err(|e| io("cannot wait for", program, e))?;
+    let status = group.child.wait().map_err(cannot("wait for", program))?;
     let mut said = Vec::new();
     let _ = stderr.rewind().and_then(|()| stderr.read_to_end(&mut said));
     outcome.log.extend_from_slice(&said);
