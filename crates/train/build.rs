@@ -10,8 +10,13 @@ fn main() {
 fn worker() {
     use std::path::PathBuf;
 
-    const SOURCES: [&str; 2] = ["src/worker/shim.cpp", "src/worker/fused.cpp"];
-    for path in SOURCES.iter().chain(&["src/worker/shim.h"]) {
+    const SOURCES: [&str; 4] = [
+        "src/worker/shim.cpp",
+        "src/worker/fused.cpp",
+        "src/worker/blockwise.cpp",
+        "src/worker/update.cpp",
+    ];
+    for path in SOURCES.iter().chain(&["src/worker/shim.h", "src/worker/blockwise.h"]) {
         println!("cargo:rerun-if-changed={path}");
     }
 

@@ -15,6 +15,8 @@ use checkpoint::names;
 use tch::{Device, Kind, Reduction, Tensor};
 
 use crate::fused;
+use crate::linear::{Linear, Weight};
+use crate::shim;
 
 /// Rows side by side, and what is to be predicted in them.
 pub struct Batch {
@@ -53,23 +55,30 @@ pub struct Decoder {
     rotary_near: Option<Rotary>,
 }
 
+/// Logits at a time: 64 MB of them, and as much again of their gradient.
+const TILE: usize = 1 << 24;
+
 impl Decoder {
     /// Builds the model from `weight(name, shape)`, which is asked for each tensor in the order of
     /// [`names::expected`].
-    pub fn new(
+    pub fn new<W: Into<Weight>>(
         config: Config,
         compute: Kind,
-        mut weight: impl FnMut(&str, &[usize]) -> Result<Tensor>,
+        mut weight: impl FnMut(&str, &[usize]) -> Result<W>,
     ) -> Result<Self> {
         let mut weights = std::collections::BTreeMap::new();
         for (name, shape) in names::expected(&config) {
-            weights.insert(name.clone(), weight(&name, &shape)?);
+            weights.insert(name.clone(), weight(&name, &shape)?.into());
         }
         let mut take = |name: &str| weights.remove(name).expect("the model's own tensor names");
-        let embedding = take(names::EMBED);
-        let layers = (0..config.num_layers).map(|i| Layer::new(&config, i, &mut take)).collect();
-        let norm = Norm::new(&config, take(names::NORM));
-        let head = if config.tied { embedding.shallow_clone() } else { take(names::LM_HEAD) };
+        let embedding = take(names::EMBED).dense()?;
+        let layers = (0..config.num_layers).map(|i| Layer::new(&config, i, &mut take));
+        let layers = layers.collect::<Result<_>>()?;
+        let norm = Norm::new(&config, take(names::NORM).dense()?);
+        let head = match config.tied {
+            true => embedding.shallow_clone().into(),
+            false => take(names::LM_HEAD),
+        };
         let rotary = |theta| Rotary::new(&config, theta, embedding.device());
         let rotary_near = config.rope_theta_near.map(rotary);
         let rotary = rotary(config.rope_theta);
@@ -77,44 +86,106 @@ impl Decoder {
         Ok(Self { config, compute, embedding, layers, norm, head, rotary, rotary_near })
     }
 
-    /// What the model misses in `batch`: the sum over predicting positions of weight × -ln p, a
-    /// float32 tensor of no dimensions. `dropout` is on while training.
-    pub fn loss(&self, batch: &Batch, dropout: bool) -> Tensor {
-        let x = self.hidden(batch, dropout).index_select(0, &batch.predicting); // [N, C]
-        let logits = self.head.forward(&x, dropout).to_kind(Kind::Float); // [N, V]
-        let miss =
-            logits.cross_entropy_loss::<Tensor>(&batch.targets, None, Reduction::None, -100, 0.0);
-        miss.dot(&batch.weights)
+    /// What the model misses in `batch`: the sum over predicting positions of weight × -ln p, by
+    /// `divisor`; a float32 tensor of no dimensions. With a `dropout`, adapters drop what its seed
+    /// draws.
+    pub fn loss(&self, batch: &Batch, divisor: f64, dropout: Option<u64>) -> Tensor {
+        let places = Places::new(self, batch);
+        let mut x = self.embed(batch);
+        for i in 0..self.layers.len() {
+            x = self.layer(i, &x, &places, dropout);
+        }
+        self.miss(&x, batch, divisor, dropout)
     }
 
-    /// [B·T, C], after the last norm, in the compute kind.
-    fn hidden(&self, batch: &Batch, dropout: bool) -> Tensor {
-        let rotary = self.rotary.of(batch, self.compute);
-        let near = self.rotary_near.as_ref().map(|near| near.of(batch, self.compute));
-        let masks = Masks::new(&self.config.windows, batch);
+    /// Adds the gradient of [`Self::loss`] to that of the parameters. Returns the loss.
+    ///
+    /// With `checkpointing`, only what goes into each layer is kept, and its inside computed again
+    /// on the way back (Chen et al., 2016): the same gradient, to the bit.
+    pub fn backward(
+        &self,
+        batch: &Batch,
+        divisor: f64,
+        dropout: Option<u64>,
+        checkpointing: bool,
+    ) -> Result<Tensor> {
+        if !checkpointing {
+            let loss = self.loss(batch, divisor, dropout);
+            loss.backward();
+            return Ok(loss.detach());
+        }
+        let places = Places::new(self, batch);
+        let first = self.embed(batch);
+        let mut inputs = vec![first.detach()];
+        tch::no_grad(|| {
+            for i in 0..self.layers.len() {
+                inputs.push(self.layer(i, &inputs[i], &places, dropout));
+            }
+        });
+        let last = inputs.pop().expect("as many as layers and one").set_requires_grad(true);
+        let loss = self.miss(&last, batch, divisor, dropout);
+        loss.backward();
+        let mut gradient = last.grad();
+        for (i, input) in inputs.into_iter().enumerate().rev() {
+            // What comes before the first layer may be frozen.
+            let input = input.set_requires_grad(i > 0 || first.requires_grad());
+            let output = self.layer(i, &input, &places, dropout);
+            if output.requires_grad() {
+                shim::backward(&output, &gradient)?;
+            }
+            gradient = input.grad();
+        }
+        if first.requires_grad() {
+            shim::backward(&first, &gradient)?;
+        }
+        Ok(loss.detach())
+    }
+
+    /// [B·T, C]: what goes into the first layer.
+    fn embed(&self, batch: &Batch) -> Tensor {
         let ids = batch.ids.flatten(0, 1);
-        let mut x = Tensor::embedding(&self.embedding, &ids, -1, false, false);
-        if self.config.architecture == Architecture::Gemma3 {
-            // Rounded as the weights are.
-            let scale = Tensor::from((self.config.hidden_size as f64).sqrt());
-            x = &x * scale.to_device(x.device()).to_kind(x.kind());
+        let x = Tensor::embedding(&self.embedding, &ids, -1, false, false);
+        if self.config.architecture != Architecture::Gemma3 {
+            return x;
         }
-        for layer in &self.layers {
-            let near = near.as_ref().filter(|_| layer.window.is_some());
-            let rotary = near.unwrap_or(&rotary);
-            x = layer.forward(&x, &self.config, self.compute, rotary, &masks, dropout);
+        // Rounded as the weights are.
+        let scale = Tensor::from((self.config.hidden_size as f64).sqrt());
+        &x * scale.to_device(x.device()).to_kind(x.kind())
+    }
+
+    /// [B·T, C] → [B·T, C]
+    fn layer(&self, i: usize, x: &Tensor, places: &Places, dropout: Option<u64>) -> Tensor {
+        if let Some(seed) = dropout {
+            // Each layer its own, so that it can be computed again.
+            tch::manual_seed(seed.wrapping_add(i as u64) as i64);
         }
-        self.norm.forward(&x, self.compute)
+        let layer = &self.layers[i];
+        let near = places.near.as_ref().filter(|_| layer.window.is_some());
+        let rotary = near.unwrap_or(&places.rotary);
+        layer.forward(x, &self.config, self.compute, rotary, &places.masks, dropout.is_some())
+    }
+
+    /// The loss of what comes out of the last layer.
+    fn miss(&self, x: &Tensor, batch: &Batch, divisor: f64, dropout: Option<u64>) -> Tensor {
+        let Batch { predicting, targets, weights, .. } = batch;
+        let x = self.norm.forward(x, self.compute).index_select(0, predicting); // [N, C]
+        if let (Weight::Dense(head), None) = (&self.head.weight, &self.head.lora) {
+            let head = head.to_kind(x.kind());
+            return fused::cross_entropy(&x, &head, targets, weights, divisor, TILE);
+        }
+        let logits = self.head.forward(&x, dropout.is_some()).to_kind(Kind::Float); // [N, V]
+        let miss = logits.cross_entropy_loss::<Tensor>(targets, None, Reduction::None, -100, 0.0);
+        miss.dot(weights) / divisor
     }
 
     /// The weights by their names in a checkpoint, in the order of [`names::expected`].
-    pub fn weights(&self) -> Vec<(String, Tensor)> {
+    pub fn weights(&self) -> Result<Vec<(String, Tensor)>> {
         let mut all = std::collections::BTreeMap::new();
         all.insert(names::EMBED.to_string(), self.embedding.shallow_clone());
         all.insert(names::NORM.to_string(), self.norm.weight.shallow_clone());
         for (i, layer) in self.layers.iter().enumerate() {
             for linear in layer.linears() {
-                all.insert(linear.name.clone(), linear.weight.shallow_clone());
+                all.insert(linear.name.clone(), linear.weight.dense()?);
                 if let Some(bias) = &linear.bias {
                     let name = format!("{}.bias", linear.name.trim_end_matches(".weight"));
                     all.insert(name, bias.shallow_clone());
@@ -129,10 +200,10 @@ impl Decoder {
             }
         }
         if !self.config.tied {
-            all.insert(self.head.name.clone(), self.head.weight.shallow_clone());
+            all.insert(self.head.name.clone(), self.head.weight.dense()?);
         }
         let order = names::expected(&self.config).into_iter();
-        order.map(|(name, _)| all.remove_entry(&name).expect("the model's own names")).collect()
+        Ok(order.map(|(name, _)| all.remove_entry(&name).expect("the model's own names")).collect())
     }
 
     /// Every linear layer, in the order of the forward pass, the head last.
@@ -159,30 +230,33 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(config: &Config, i: usize, take: &mut impl FnMut(&str) -> Tensor) -> Self {
+    fn new(config: &Config, i: usize, take: &mut impl FnMut(&str) -> Weight) -> Result<Self> {
         let mut linear = |part: &str| {
             let name = names::layer(i, part);
-            let bias = names::has_bias(config, part).then(|| take(&names::bias(i, part)));
-            Linear { weight: take(&name), name, bias, lora: None }
+            let bias = names::has_bias(config, part).then(|| take(&names::bias(i, part)).dense());
+            anyhow::Ok(Linear { weight: take(&name), name, bias: bias.transpose()?, lora: None })
         };
-        Self {
+        Ok(Self {
             window: config.windows[i],
-            q: linear("self_attn.q_proj"),
-            k: linear("self_attn.k_proj"),
-            v: linear("self_attn.v_proj"),
-            o: linear("self_attn.o_proj"),
-            gate: linear("mlp.gate_proj"),
-            up: linear("mlp.up_proj"),
-            down: linear("mlp.down_proj"),
-            head_norms: config.qk_norm.then(|| {
-                ["self_attn.q_norm", "self_attn.k_norm"]
-                    .map(|name| Norm::new(config, take(&names::layer(i, name))))
-            }),
+            q: linear("self_attn.q_proj")?,
+            k: linear("self_attn.k_proj")?,
+            v: linear("self_attn.v_proj")?,
+            o: linear("self_attn.o_proj")?,
+            gate: linear("mlp.gate_proj")?,
+            up: linear("mlp.up_proj")?,
+            down: linear("mlp.down_proj")?,
+            head_norms: match config.qk_norm {
+                true => Some([
+                    Norm::new(config, take(&names::layer(i, "self_attn.q_norm")).dense()?),
+                    Norm::new(config, take(&names::layer(i, "self_attn.k_norm")).dense()?),
+                ]),
+                false => None,
+            },
             norms: names::norms(config)
                 .iter()
-                .map(|name| Norm::new(config, take(&names::layer(i, name))))
-                .collect(),
-        }
+                .map(|name| Ok(Norm::new(config, take(&names::layer(i, name)).dense()?)))
+                .collect::<Result<_>>()?,
+        })
     }
 
     /// [B·T, C] → [B·T, C]
@@ -243,51 +317,21 @@ impl Layer {
     }
 }
 
-/// A matrix, with or without a bias, with or without an adapter.
-pub struct Linear {
-    /// In a checkpoint: `model.layers.0.self_attn.q_proj.weight`.
-    pub name: String,
-    /// [out, in]
-    pub weight: Tensor,
-    /// [out]
-    bias: Option<Tensor>,
-    pub lora: Option<Lora>,
+/// What the layers share of a batch: where its tokens stand, and which see each other.
+struct Places {
+    rotary: Rotary,
+    /// Of layers with a window, where theirs is another one.
+    near: Option<Rotary>,
+    masks: Masks,
 }
 
-/// What PEFT adds to a linear layer: scale · B·A, held in float32 whatever the base is in.
-pub struct Lora {
-    /// [rank, in]
-    pub a: Tensor,
-    /// [out, rank]
-    pub b: Tensor,
-    pub scale: f64,
-    /// Of the input, while training.
-    pub dropout: f64,
-}
-
-impl Linear {
-    /// `q_proj`, `lm_head`: what PEFT calls it as a target.
-    pub fn module(&self) -> &str {
-        let name = self.name.trim_end_matches(".weight");
-        name.rsplit('.').next().unwrap_or(name)
-    }
-
-    /// [N, in] → [N, out], in the kind of `x`.
-    fn forward(&self, x: &Tensor, dropout: bool) -> Tensor {
-        let weight = self.weight.to_kind(x.kind());
-        let bias = self.bias.as_ref().map(|bias| bias.to_kind(x.kind()));
-        let Some(lora) = &self.lora else { return x.linear(&weight, bias.as_ref()) };
-        let dropout = dropout && lora.dropout > 0.0;
-        if x.kind() == Kind::Float && !dropout {
-            let y = fused::lora_linear(x, &weight, &lora.a, &lora.b, lora.scale);
-            return bias.map_or_else(|| y.shallow_clone(), |bias| &y + bias);
+impl Places {
+    fn new(model: &Decoder, batch: &Batch) -> Self {
+        Self {
+            rotary: model.rotary.of(batch, model.compute),
+            near: model.rotary_near.as_ref().map(|near| near.of(batch, model.compute)),
+            masks: Masks::new(&model.config.windows, batch),
         }
-        let y = x.linear(&weight, bias.as_ref());
-        // Up to float32, add there, round once: as PEFT does with a float32 adapter.
-        let x = x.to_kind(Kind::Float).dropout(lora.dropout, dropout);
-        let delta = x.linear::<Tensor>(&lora.a, None).linear::<Tensor>(&lora.b, None);
-        let kind = y.kind();
-        (y + delta * lora.scale).to_kind(kind)
     }
 }
 

@@ -86,7 +86,7 @@ pub fn fit(
     let tokens_before = tokens;
     for (step, micros) in plan.steps.iter().enumerate().skip(done) {
         let learning_rate = rate(training, step, steps);
-        let loss = gradients(model, &data.train, &plan, step, training, device);
+        let loss = gradients(model, &data.train, &plan, step, training, device)?;
         let norm = optimiser.step(learning_rate)?;
         let (loss, grad_norm) = (loss.double_value(&[]), norm.double_value(&[]));
         if !loss.is_finite() || !grad_norm.is_finite() {
@@ -162,18 +162,16 @@ pub fn gradients(
     step: usize,
     training: &Training,
     device: Device,
-) -> Tensor {
+) -> Result<Tensor> {
     let micros = &plan.steps[step];
     let weight: f64 = micros.iter().map(|m| rows.weight(m, training.prompt_weight)).sum();
     let mut total = Tensor::zeros([0_i64; 0], (Kind::Float, device));
     for (i, micro) in micros.iter().enumerate() {
-        tch::manual_seed(plan::seed_of(training.seed, step, i) as i64);
         let batch = rows.batch(micro, plan.packed, training.prompt_weight, device);
-        let loss = model.loss(&batch, true) / weight;
-        loss.backward();
-        total += loss.detach();
+        let dropout = Some(plan::seed_of(training.seed, step, i));
+        total += model.backward(&batch, weight, dropout, training.gradient_checkpointing)?;
     }
-    total
+    Ok(total)
 }
 
 /// The mean loss over every target of `rows`.
@@ -184,7 +182,7 @@ fn validate(model: &Decoder, rows: &Rows, training: &Training, device: Device) -
         for batch in &batches {
             weight += rows.weight(batch, training.prompt_weight);
             let batch = rows.batch(batch, false, training.prompt_weight, device);
-            loss += model.loss(&batch, false).double_value(&[]);
+            loss += model.loss(&batch, 1.0, None).double_value(&[]);
         }
     });
     loss / weight

@@ -8,11 +8,14 @@
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Reduction.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
-#include <vector>
+#include <optional>
 
+#include "blockwise.h"
 #include "shim.h"
 
 using at::Tensor;
@@ -151,31 +154,134 @@ struct Rotate : torch::autograd::Function<Rotate> {
   }
 };
 
-// y = x·Wᵀ + scale · (x·Aᵀ)·Bᵀ, all of it in products that add to what is there.
-struct LoraLinear : torch::autograd::Function<LoraLinear> {
+using Maybe = std::optional<Tensor>;
+
+// A frozen matrix [out, in], as it is or in NF4, in the kind that it is asked for.
+struct Frozen {
+  Tensor weight;  // itself, or packed
+  Tensor scales, steps, offset;
+
+  Tensor of(int64_t rows, int64_t columns, at::ScalarType kind) const {
+    if (!scales.defined()) return weight.to(kind);
+    return nf4_dequantise({weight, scales, steps, offset}, rows, columns, kind);
+  }
+};
+
+// y = x·Wᵀ + bias + scale · (dropped x·Aᵀ)·Bᵀ with a frozen W.
+//
+// A and B are float32. Where x is not, it is taken up to float32 for them, added to there, and
+// rounded once, as PEFT does; but what is kept for the way back is x itself: neither the copy in
+// float32 nor a W out of NF4.
+struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
-                        const Tensor& a, const Tensor& b, double scale) {
-    const Tensor inner = at::mm(x, a.t());
-    Tensor y = at::mm(x, weight.t());
-    y.addmm_(inner, b.t(), 1, scale);
-    context->save_for_backward({x, weight, a, b, inner});
+                        const Maybe& scales, const Maybe& steps, const Maybe& offset,
+                        const Maybe& bias, const Maybe& a, const Maybe& b, int64_t out,
+                        double scale, double dropout) {
+    const at::ScalarType kind = x.scalar_type();
+    const Frozen frozen{weight, scales.value_or(Tensor()), steps.value_or(Tensor()),
+                        offset.value_or(Tensor())};
+    Tensor inner, mask;
+    if (a) {
+      Tensor wide = x.to(at::kFloat);
+      if (dropout > 0) {
+        mask = at::empty_like(x, at::kBool).bernoulli_(1 - dropout);
+        wide = wide * mask * (1 / (1 - dropout));
+      }
+      inner = at::mm(wide, a->t());
+    }
+    const Tensor dense = frozen.of(out, x.size(1), kind);
+    Tensor y;
+    if (kind == at::kFloat) {
+      y = at::mm(x, dense.t());
+      if (b) y.addmm_(inner, b->t(), 1, scale);
+      if (bias) y.add_(*bias);
+    } else {
+      y = at::linear(x, dense, bias ? Maybe(bias->to(kind)) : Maybe());
+      if (b) y = (y.to(at::kFloat) + at::mm(inner, b->t()) * scale).to(kind);
+    }
+    context->save_for_backward({x, weight, frozen.scales, frozen.steps, frozen.offset,
+                                a.value_or(Tensor()), b.value_or(Tensor()), inner, mask});
     context->saved_data["scale"] = scale;
+    context->saved_data["keep"] = 1 - dropout;
+    context->saved_data["out"] = out;
     return y;
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const variable_list saved = context->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &a = saved[2], &b = saved[3];
-    const Tensor &inner = saved[4], &dy = grads[0];
+    const Tensor &x = saved[0], &a = saved[5], &b = saved[6], &inner = saved[7], &mask = saved[8];
+    const Tensor& dy = grads[0];
     const double scale = context->saved_data["scale"].toDouble();
-    const Tensor d_inner = at::mm(dy, b).mul_(scale);
-    const Tensor db = at::mm(dy.t(), inner).mul_(scale), da = at::mm(d_inner.t(), x);
-    Tensor dx;
-    if (context->needs_input_grad(0)) {
-      dx = at::mm(dy, weight);
-      dx.addmm_(d_inner, a);
+    const double keep = context->saved_data["keep"].toDouble();
+    const auto dropped = [&](const Tensor& t) { return mask.defined() ? t * mask * (1 / keep) : t; };
+
+    Tensor d_inner, da, db, dx;
+    if (a.defined()) {
+      const Tensor wide = dy.to(at::kFloat);
+      d_inner = at::mm(wide, b).mul_(scale);
+      db = at::mm(wide.t(), inner).mul_(scale);
+      da = at::mm(d_inner.t(), dropped(x.to(at::kFloat)));
     }
-    return {dx, Tensor(), da, db, Tensor()};
+    if (context->needs_input_grad(0)) {
+      const int64_t out = context->saved_data["out"].toInt();
+      const Frozen frozen{saved[1], saved[2], saved[3], saved[4]};
+      dx = at::mm(dy, frozen.of(out, x.size(1), x.scalar_type()));
+      if (a.defined() && x.scalar_type() == at::kFloat && !mask.defined()) {
+        dx.addmm_(d_inner, a);
+      } else if (a.defined()) {
+        dx = (dx.to(at::kFloat) + dropped(at::mm(d_inner, a))).to(x.scalar_type());
+      }
+    }
+    const Tensor none;
+    return {dx, none, none, none, none, none, da, db, none, none, none};
+  }
+};
+
+// Σᵢ weightᵢ · -ln p(targetᵢ | xᵢ) / divisor, where p is the softmax of x·Wᵀ in float32.
+//
+// So many rows at a time as their logits come to `tile` numbers: with a vocabulary of 262,144 all
+// of them would be most of a step's memory. The gradients are made along with the loss, while a
+// tile's logits are there.
+struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
+                        const Tensor& targets, const Tensor& weights, double divisor, int64_t tile,
+                        bool training) {
+    const int64_t count = x.size(0), step = std::max<int64_t>(1, tile / weight.size(0));
+    const bool of_x = training && x.requires_grad(), of_weight = training && weight.requires_grad();
+    const Tensor loss = at::zeros({}, weights.options());
+    const Tensor share = at::ones({}, weights.options()).div_(divisor);
+    Tensor dx, dw;
+    if (of_x && count > step) dx = at::empty_like(x);
+    for (int64_t first = 0; first < count; first += step) {
+      const int64_t last = std::min(first + step, count);
+      const auto part = [&](const Tensor& t) { return t.slice(0, first, last); };
+      const Tensor rows = part(x);
+      const Tensor log_p =
+          at::_log_softmax(at::mm(rows, weight.t()).to(at::kFloat), 1, /*half_to_float=*/false);
+      const auto [miss, total] =
+          at::nll_loss_forward(log_p, part(targets), {}, at::Reduction::None, -100);
+      loss.add_(miss.dot(part(weights)));
+      if (!of_x && !of_weight) continue;
+      Tensor d = at::nll_loss_backward(share * part(weights), log_p, part(targets), {},
+                                       at::Reduction::None, -100, total);
+      d = at::_log_softmax_backward_data(d, log_p, 1, at::kFloat).to(x.scalar_type());
+      if (of_x && dx.defined()) part(dx).copy_(at::mm(d, weight));
+      if (of_x && !dx.defined()) dx = at::mm(d, weight);
+      if (of_weight && dw.defined()) dw.addmm_(d.t(), rows);
+      if (of_weight && !dw.defined()) dw = at::mm(d.t(), rows);
+    }
+    if (dx.defined()) context->saved_data["dx"] = dx;
+    if (dw.defined()) context->saved_data["dw"] = dw;
+    return loss.div_(divisor);
+  }
+
+  static variable_list backward(AutogradContext* context, variable_list grads) {
+    const auto scaled = [&](const char* name) {
+      const auto found = context->saved_data.find(name);
+      return found == context->saved_data.end() ? Tensor() : found->second.toTensor().mul_(grads[0]);
+    };
+    const Tensor none;
+    return {scaled("dx"), scaled("dw"), none, none, none, none, none};
   }
 };
 
@@ -193,9 +299,24 @@ Tensor* anneal_rotate(const Tensor* x, const Tensor* cos, const Tensor* sin) {
   });
 }
 
-Tensor* anneal_lora_linear(const Tensor* x, const Tensor* weight, const Tensor* a, const Tensor* b,
-                           double scale) {
-  return guarded([&] { return LoraLinear::apply(*x, *weight, *a, *b, scale); });
+// Tensors that may be null: scales, steps and offset (of NF4) together, bias, a and b together.
+Tensor* anneal_frozen_linear(const Tensor* x, const Tensor* weight, const Tensor* scales,
+                             const Tensor* steps, const Tensor* offset, const Tensor* bias,
+                             const Tensor* a, const Tensor* b, int64_t out, double scale,
+                             double dropout) {
+  return guarded([&] {
+    const auto given = [](const Tensor* tensor) { return tensor ? Maybe(*tensor) : Maybe(); };
+    return FrozenLinear::apply(*x, *weight, given(scales), given(steps), given(offset), given(bias),
+                               given(a), given(b), out, scale, dropout);
+  });
+}
+
+Tensor* anneal_cross_entropy(const Tensor* x, const Tensor* weight, const Tensor* targets,
+                             const Tensor* weights, double divisor, int64_t tile) {
+  return guarded([&] {
+    const bool training = at::GradMode::is_enabled();
+    return CrossEntropy::apply(*x, *weight, *targets, *weights, divisor, tile, training);
+  });
 }
 
 }  // extern "C"

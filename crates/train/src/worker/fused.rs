@@ -5,6 +5,7 @@
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
+use crate::linear::{Lora, Weight};
 use crate::shim;
 
 /// Whether [`rms_norm`] and [`rotate`] can take `x`: they are loops of ours for the processor.
@@ -25,12 +26,45 @@ pub fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
     finish(unsafe { anneal_rotate(pointer(x), pointer(cos), pointer(sin)) })
 }
 
-/// x·Wᵀ + scale · (x·Aᵀ)·Bᵀ with a frozen W, on any device.
+/// x·Wᵀ + bias + scale · (dropped x·Aᵀ)·Bᵀ with a frozen W, on any device.
 ///
-/// `x` is [N, in], `weight` [out, in], `a` [rank, in], `b` [out, rank], all of one kind.
-pub fn lora_linear(x: &Tensor, weight: &Tensor, a: &Tensor, b: &Tensor, scale: f64) -> Tensor {
-    let (x, weight, a, b) = (pointer(x), pointer(weight), pointer(a), pointer(b));
-    finish(unsafe { anneal_lora_linear(x, weight, a, b, scale) })
+/// `x` is [N, in]; the result has its kind. `dropout` is of the adapter's input.
+pub fn frozen_linear(
+    x: &Tensor,
+    weight: &Weight,
+    bias: Option<&Tensor>,
+    lora: Option<&Lora>,
+    dropout: f64,
+) -> Tensor {
+    let null = std::ptr::null();
+    let out = weight.size()[0];
+    let [weight, scales, steps, offset] = match weight {
+        Weight::Dense(weight) => [pointer(weight), null, null, null],
+        Weight::Nf4(nf4) => [&nf4.packed, &nf4.scales, &nf4.steps, &nf4.offset].map(pointer),
+    };
+    let (a, b) = lora.map_or((null, null), |lora| (pointer(&lora.a), pointer(&lora.b)));
+    let scale = lora.map_or(0.0, |lora| lora.scale);
+    let (x, bias) = (pointer(x), bias.map_or(null, pointer));
+    finish(unsafe {
+        anneal_frozen_linear(x, weight, scales, steps, offset, bias, a, b, out, scale, dropout)
+    })
+}
+
+/// The sum over rows of weight · -ln p / `divisor`, where p is what the softmax of x·Wᵀ gives the
+/// row's target: a float32 tensor of no dimensions. `tile` logits at a time, on any device.
+///
+/// `x` is [N, C], `weight` [V, C], both of one kind; `targets` [N], int64; `weights` [N], float32.
+pub fn cross_entropy(
+    x: &Tensor,
+    weight: &Tensor,
+    targets: &Tensor,
+    weights: &Tensor,
+    divisor: f64,
+    tile: usize,
+) -> Tensor {
+    let (x, weight) = (pointer(x), pointer(weight));
+    let (targets, weights) = (pointer(targets), pointer(weights));
+    finish(unsafe { anneal_cross_entropy(x, weight, targets, weights, divisor, tile as i64) })
 }
 
 fn pointer(tensor: &Tensor) -> *const C_tensor {
@@ -50,18 +84,33 @@ unsafe extern "C" {
         cos: *const C_tensor,
         sin: *const C_tensor,
     ) -> *mut C_tensor;
-    fn anneal_lora_linear(
+    fn anneal_frozen_linear(
         x: *const C_tensor,
         weight: *const C_tensor,
+        scales: *const C_tensor,
+        steps: *const C_tensor,
+        offset: *const C_tensor,
+        bias: *const C_tensor,
         a: *const C_tensor,
         b: *const C_tensor,
+        out: i64,
         scale: f64,
+        dropout: f64,
+    ) -> *mut C_tensor;
+    fn anneal_cross_entropy(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        targets: *const C_tensor,
+        weights: *const C_tensor,
+        divisor: f64,
+        tile: i64,
     ) -> *mut C_tensor;
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::blockwise::Nf4;
 
     /// The gradients of `y`'s sum, each element weighted differently, with respect to `leaves`.
     fn gradients(y: &Tensor, leaves: &[&Tensor]) -> Vec<Tensor> {
@@ -119,13 +168,102 @@ mod tests {
         agree(&[&x], || rotate(&x, &cos, &sin), chain);
     }
 
+    /// What it computes, operation by operation, for a matrix in the kind of `x`.
+    fn chain(x: &Tensor, weight: &Tensor, bias: &Tensor, lora: &Lora) -> Tensor {
+        let y = x.linear(weight, Some(bias));
+        let wide = x.to_kind(Kind::Float);
+        let delta = wide.matmul(&lora.a.tr()).matmul(&lora.b.tr()) * lora.scale;
+        (y.to_kind(Kind::Float) + delta).to_kind(x.kind())
+    }
+
     #[test]
     fn an_adapted_layer_is_the_chain_of_its_operations() {
         tch::manual_seed(3);
         let (x, a, b) = (leaf(&[19, 12]), leaf(&[4, 12]), leaf(&[10, 4]));
-        let w = Tensor::randn([10, 12], (Kind::Float, Device::Cpu));
-        let chain = || x.matmul(&w.tr()) + x.matmul(&a.tr()).matmul(&b.tr()) * 0.7;
-        agree(&[&x, &a, &b], || lora_linear(&x, &w, &a, &b, 0.7), chain);
+        let lora = Lora { a: a.shallow_clone(), b: b.shallow_clone(), scale: 0.7, dropout: 0.0 };
+        let weight = Tensor::randn([10, 12], (Kind::Float, Device::Cpu));
+        let bias = Tensor::randn([10], (Kind::Float, Device::Cpu));
+        let nf4 = Nf4::quantise(&weight, Device::Cpu).unwrap();
+        for weight in [Weight::Dense(weight), Weight::Nf4(nf4)] {
+            let dense = weight.dense().unwrap();
+            let ours = || frozen_linear(&x, &weight, Some(&bias), Some(&lora), 0.0);
+            agree(&[&x, &a, &b], ours, || chain(&x, &dense, &bias, &lora));
+            let ours = || frozen_linear(&x, &weight, Some(&bias), None, 0.0);
+            agree(&[&x], ours, || x.linear(&dense, Some(&bias)));
+        }
+    }
+
+    /// In bfloat16 the sum is rounded once here, and the gradient too.
+    #[test]
+    fn an_adapter_of_a_layer_in_16_bits_is_in_32() {
+        tch::manual_seed(5);
+        let half = |t: Tensor| t.to_kind(Kind::BFloat16);
+        let (a, b) = (leaf(&[4, 12]), leaf(&[10, 4]));
+        let x = half(Tensor::randn([19, 12], (Kind::Float, Device::Cpu))).set_requires_grad(true);
+        let lora = Lora { a: a.shallow_clone(), b: b.shallow_clone(), scale: 0.7, dropout: 0.0 };
+        let weight = half(Tensor::randn([10, 12], (Kind::Float, Device::Cpu)));
+        let bias = half(Tensor::randn([10], (Kind::Float, Device::Cpu)));
+        let expected = chain(&x, &weight, &bias, &lora);
+        let weight = Weight::Dense(weight);
+        let y = frozen_linear(&x, &weight, Some(&bias), Some(&lora), 0.0);
+        assert!(y.kind() == Kind::BFloat16 && y.allclose(&expected, 1e-2, 1e-2, false));
+        let pairs = gradients(&y, &[&x, &a, &b]).into_iter();
+        for (ours, chain) in pairs.zip(gradients(&expected, &[&x, &a, &b])) {
+            let [ours, chain] = [ours, chain].map(|t| t.to_kind(Kind::Float));
+            let largest = chain.abs().max().double_value(&[]);
+            assert!((ours - chain).abs().max().double_value(&[]) <= 1e-2 * largest);
+        }
+    }
+
+    #[test]
+    fn dropout_is_of_the_adapters_input_and_the_same_on_the_way_back() {
+        tch::manual_seed(6);
+        let (x, a, b) = (leaf(&[50, 40]), leaf(&[4, 40]), leaf(&[10, 4]));
+        let lora = Lora { a: a.shallow_clone(), b: b.shallow_clone(), scale: 1.0, dropout: 0.5 };
+        let weight = Weight::Dense(Tensor::zeros([10, 40], (Kind::Float, Device::Cpu)));
+        let forward = |x: &Tensor| {
+            tch::manual_seed(7);
+            frozen_linear(x, &weight, None, Some(&lora), 0.5)
+        };
+        let (y, undropped) = (forward(&x), x.matmul(&a.tr()).matmul(&b.tr()));
+        assert!(!y.allclose(&undropped, 1e-3, 1e-3, false));
+        // Linear in x with the same mask: half the input, half the output; and the gradient along
+        // x is the output.
+        assert!((forward(&(&x * 0.5)) * 2.0).allclose(&y, 1e-5, 1e-5, false));
+        y.sum(Kind::Float).backward();
+        let along = (x.grad() * &x).sum(Kind::Float).double_value(&[]);
+        let along_a = (a.grad() * &a).sum(Kind::Float).double_value(&[]);
+        let sum = y.sum(Kind::Float).double_value(&[]);
+        assert!(
+            (along - sum).abs() < 1e-3 && (along_a - sum).abs() < 1e-3,
+            "{along} {along_a} {sum}"
+        );
+    }
+
+    #[test]
+    fn a_loss_is_the_chain_of_its_operations_whatever_the_tiles() {
+        tch::manual_seed(8);
+        let (x, w) = (leaf(&[37, 16]), leaf(&[53, 16]));
+        let targets = Tensor::randint(53, [37], (Kind::Int64, Device::Cpu));
+        let weights = Tensor::rand([37], (Kind::Float, Device::Cpu));
+        let logits = x.linear::<Tensor>(&w, None);
+        let miss =
+            logits.cross_entropy_loss::<Tensor>(&targets, None, tch::Reduction::None, -100, 0.0);
+        let expected = miss.dot(&weights) / 7.0;
+        let theirs = gradients(&expected, &[&x, &w]);
+        for tile in [37 * 53, 5 * 53, 1] {
+            let ours = cross_entropy(&x, &w, &targets, &weights, 7.0, tile);
+            assert!(ours.allclose(&expected, 1e-6, 1e-6, false), "{tile}");
+            for (ours, theirs) in gradients(&ours, &[&x, &w]).iter().zip(&theirs) {
+                let error = (ours - theirs).abs().max().double_value(&[]);
+                assert!(error <= 1e-6 * theirs.abs().max().double_value(&[]), "{tile}");
+                // In one piece to the bit.
+                assert!(tile < 37 * 53 || error == 0.0);
+            }
+        }
+        // Where nothing is trained there is nothing to go back to.
+        let ours = tch::no_grad(|| cross_entropy(&x, &w, &targets, &weights, 7.0, 100));
+        assert!(!ours.requires_grad() && ours.allclose(&expected, 1e-6, 1e-6, false));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use checkpoint::config::Config;
+use checkpoint::names;
 use checkpoint::weights::{Dtype, Weights};
 use serde_json::{Value, json};
 use step::Failure;
@@ -15,10 +16,12 @@ use step::worker::{Input, Job};
 use tch::{Device, Kind, Tensor};
 use train::Lora;
 
+use crate::blockwise::Nf4;
 use crate::data::Dataset;
-use crate::decoder::{self, Decoder};
+use crate::decoder::Decoder;
 use crate::device::{self, Place};
 use crate::fit::{Outcome, fit};
+use crate::linear::{self, Weight};
 use crate::optimiser::Trainable;
 use crate::tensor;
 
@@ -30,7 +33,7 @@ pub fn run(job: &Job) -> Result<()> {
     let data = Dataset::open(job, base, config.vocab_size, config.max_positions)?;
     let place = device::prepare(job, &training, config.parameters())?;
 
-    let mut model = frozen(base, config, place)?;
+    let mut model = frozen(base, config, params.bits, place)?;
     attach(&mut model, &params, place.device)?;
     let adapter = adapter(&mut model);
     let trainables = adapter.iter().map(|(name, tensor)| Trainable {
@@ -54,14 +57,19 @@ pub fn run(job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// The base as it is, in the compute kind.
-fn frozen(base: &Input, config: Config, place: Place) -> Result<Decoder> {
+/// The base as it is, in the compute kind; with 4 bits the layers' matrices in NF4.
+fn frozen(base: &Input, config: Config, bits: u8, place: Place) -> Result<Decoder> {
     let weights = Weights::open(&base.path).map_err(Failure::from)?;
     weights.check(&config).map_err(Failure::from)?;
-    Decoder::new(config, place.compute, |name, _| {
+    Decoder::new(config, place.compute, |name, shape| {
         let weight = weights.get(name).map_err(Failure::from)?;
         let weight = tensor::from_bytes(weight.dtype, &weight.shape, weight.data)?;
-        Ok(weight.to_device(place.device).to_kind(place.compute))
+        // Like bitsandbytes: neither the embedding nor the head.
+        let in_a_layer = shape.len() == 2 && ![names::EMBED, names::LM_HEAD].contains(&name);
+        if bits == 4 && in_a_layer {
+            return Ok(Weight::Nf4(Nf4::quantise(&weight, place.device)?));
+        }
+        Ok(weight.to_device(place.device).to_kind(place.compute).into())
     })
 }
 
@@ -78,14 +86,14 @@ pub fn attach(model: &mut Decoder, params: &Lora, device: Device) -> Result<()> 
     let rank = params.rank as i64;
     tch::manual_seed(params.seed as i64);
     for linear in model.linears_mut().filter(|linear| targets.contains(&linear.module())) {
-        let (out, width) = linear.weight.size2()?;
+        let [out, width] = linear.weight.size();
         // Kaiming's uniform with a = √5 comes to this bound.
         let bound = 1.0 / (width as f64).sqrt();
         let a = Tensor::f_empty([rank, width], (Kind::Float, Device::Cpu))?
             .f_uniform_(-bound, bound)?
             .to_device(device);
         let b = Tensor::f_zeros([out, rank], (Kind::Float, device))?;
-        linear.lora = Some(decoder::Lora {
+        linear.lora = Some(linear::Lora {
             a: a.set_requires_grad(true),
             b: b.set_requires_grad(true),
             scale: params.scale(),

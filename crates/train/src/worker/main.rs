@@ -2,12 +2,14 @@
 //!
 //! Knows nothing of training: it prepares the process and names the steps.
 
+mod blockwise;
 mod curve;
 mod data;
 mod decoder;
 mod device;
 mod fit;
 mod fused;
+mod linear;
 mod lora;
 mod optimiser;
 mod plan;
@@ -15,6 +17,7 @@ mod pretrain;
 mod resume;
 mod shim;
 mod tensor;
+mod update;
 
 use std::process::ExitCode;
 

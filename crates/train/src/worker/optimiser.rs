@@ -1,12 +1,13 @@
-//! AdamW over everything that is trained, and the learning rate over time.
+//! What is trained, what its optimiser remembers of it, and the learning rate over time.
 //!
 //! Knows nothing of models or data.
 
 use anyhow::Result;
 use tch::{Kind, Tensor};
-use train::training::{Schedule, Training};
+use train::training::{Algorithm, Schedule, Training};
 
-use crate::shim::{self, Moments};
+use crate::blockwise;
+use crate::update::{self, Moments, Squares, Update};
 
 /// A tensor that is trained: a float32 leaf that requires its gradient.
 pub struct Trainable {
@@ -18,61 +19,124 @@ pub struct Trainable {
 }
 
 pub struct Optimiser {
-    pub names: Vec<String>,
-    /// Those that decay first: they are the first `decaying`.
-    pub params: Vec<Tensor>,
-    pub first: Vec<Tensor>,
-    pub second: Vec<Tensor>,
-    steps: Vec<Tensor>,
-    decaying: usize,
+    /// Those that decay first.
+    all: Vec<(Trainable, State)>,
+    /// Updates so far.
+    done: usize,
     betas: [f64; 2],
     weight_decay: f64,
     max_grad_norm: f64,
 }
 
+/// What is remembered of one parameter.
+enum State {
+    AdamW { first: Tensor, second: Tensor, step: Tensor },
+    AdamW8bit(blockwise::Moments),
+    Adafactor(Squares),
+}
+
 const EPS: f64 = 1e-8;
+
+/// Smaller parameters keep their moments in float32, as with bitsandbytes.
+const SMALLEST_IN_8_BITS: usize = 4096;
+
+impl State {
+    fn new(algorithm: Algorithm, param: &Tensor) -> Self {
+        match algorithm {
+            Algorithm::Adafactor => Self::Adafactor(Squares::new(param)),
+            Algorithm::Adamw8bit if param.numel() >= SMALLEST_IN_8_BITS => {
+                Self::AdamW8bit(blockwise::Moments::new(param))
+            }
+            Algorithm::Adamw | Algorithm::Adamw8bit => Self::AdamW {
+                first: param.detach().zeros_like(),
+                second: param.detach().zeros_like(),
+                step: Tensor::zeros([0_i64; 0], (Kind::Float, param.device())),
+            },
+        }
+    }
+
+    /// What a checkpoint keeps.
+    fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        match self {
+            Self::AdamW { first, second, .. } => vec![("first", first), ("second", second)],
+            Self::AdamW8bit(state) => vec![
+                ("first", &state.first),
+                ("first_scales", &state.first_scales),
+                ("second", &state.second),
+                ("second_scales", &state.second_scales),
+            ],
+            Self::Adafactor(Squares::Each(second)) => vec![("second", second)],
+            Self::Adafactor(Squares::Factored { rows, columns }) => {
+                vec![("rows", rows), ("columns", columns)]
+            }
+        }
+    }
+}
 
 impl Optimiser {
     pub fn new(mut trainables: Vec<Trainable>, training: &Training) -> Self {
         trainables.sort_by_key(|t| !t.decays); // stable
-        let decaying = trainables.iter().filter(|t| t.decays).count();
-        let (names, params): (Vec<_>, Vec<_>) =
-            trainables.into_iter().map(|t| (t.name, t.tensor)).unzip();
-        let zeros = || params.iter().map(|p| p.detach().zeros_like()).collect();
-        let count = |p: &Tensor| Tensor::zeros([0_i64; 0], (Kind::Float, p.device()));
+        let state = |trainable: Trainable| {
+            let state = State::new(training.optimiser, &trainable.tensor);
+            (trainable, state)
+        };
         Self {
-            first: zeros(),
-            second: zeros(),
-            steps: params.iter().map(count).collect(),
-            names,
-            params,
-            decaying,
+            all: trainables.into_iter().map(state).collect(),
+            done: 0,
             betas: training.betas,
             weight_decay: training.weight_decay,
             max_grad_norm: training.max_grad_norm,
         }
     }
 
-    /// Tells how many updates the moments have seen, when they come from a checkpoint.
+    /// Every parameter and what is remembered of it, by names of their own.
+    pub fn tensors(&self) -> impl Iterator<Item = (String, &Tensor)> {
+        self.all.iter().flat_map(|(trainable, state)| {
+            let param = std::iter::once(("param", &trainable.tensor));
+            let all = param.chain(state.tensors());
+            all.map(|(part, tensor)| (format!("{part}/{}", trainable.name), tensor))
+        })
+    }
+
+    /// Tells how many updates its tensors have seen, when they come from a checkpoint.
     pub fn set_steps(&mut self, steps: usize) {
-        for count in &mut self.steps {
-            let _ = count.fill_(steps as f64);
+        self.done = steps;
+        for (_, state) in &mut self.all {
+            if let State::AdamW { step, .. } = state {
+                let _ = step.fill_(steps as f64);
+            }
         }
     }
 
     /// Clips the gradients and applies them. Returns their 2-norm before clipping, a tensor of no
     /// dimensions, which nobody has waited for.
     pub fn step(&mut self, rate: f64) -> Result<Tensor> {
-        let (norm, divisor) = shim::gradient_norm(&self.params, self.max_grad_norm)?;
-        let all = self.params.len();
-        for (range, decay) in [(0..self.decaying, self.weight_decay), (self.decaying..all, 0.0)] {
-            let state = Moments {
-                params: &self.params[range.clone()],
-                first: &self.first[range.clone()],
-                second: &self.second[range.clone()],
-                steps: &self.steps[range],
+        let params: Vec<&Tensor> = self.all.iter().map(|(param, _)| &param.tensor).collect();
+        let (norm, divisor) = update::gradient_norm(&params, self.max_grad_norm)?;
+        self.done += 1;
+        for decays in [true, false] {
+            let update = Update {
+                divisor: &divisor,
+                step: self.done,
+                rate,
+                betas: self.betas,
+                eps: EPS,
+                weight_decay: if decays { self.weight_decay } else { 0.0 },
             };
-            shim::adamw(state, &divisor, rate, self.betas, EPS, decay)?;
+            let mut together = Moments::default();
+            for (param, state) in self.all.iter().filter(|(param, _)| param.decays == decays) {
+                match state {
+                    State::AdamW { first, second, step } => {
+                        together.params.push(&param.tensor);
+                        together.first.push(first);
+                        together.second.push(second);
+                        together.steps.push(step);
+                    }
+                    State::AdamW8bit(state) => update.adamw_8bit(&param.tensor, state)?,
+                    State::Adafactor(state) => update.adafactor(&param.tensor, state)?,
+                }
+            }
+            update.adamw(&together)?;
         }
         Ok(norm)
     }
@@ -100,4 +164,103 @@ pub fn warmup_steps(training: &Training, steps: usize) -> usize {
         count => count as usize,
     };
     asked.min(steps / 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use serde::Deserialize;
+    use serde_json::{Value, json};
+    use step::StepDef;
+    use tch::Device;
+
+    use super::*;
+
+    const STEPS: i64 = 4;
+
+    fn training(optimiser: &str) -> Training {
+        let params = json!({
+            "learning_rate": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.0, "betas": [0.9, 0.99],
+            "optimiser": optimiser,
+        });
+        let Value::Object(params) = params else { unreachable!("an object") };
+        let params = (StepDef::of::<train::Lora>().resolve)(params).unwrap();
+        train::Lora::deserialize(&params).unwrap().training()
+    }
+
+    /// What `golden/optimisers.py` wrote down.
+    fn golden() -> HashMap<String, Tensor> {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/worker/golden");
+        let file = folder.join("optimisers.safetensors");
+        Tensor::read_safetensors(file).unwrap().into_iter().collect()
+    }
+
+    /// The matrix and the vector as they start, on the optimiser's way.
+    fn start(golden: &HashMap<String, Tensor>, optimiser: &str) -> (Vec<Tensor>, Optimiser) {
+        let leaf = |name| golden[&format!("start.{name}")].copy().set_requires_grad(true);
+        let params = ["matrix", "vector"].map(leaf);
+        let trainables = params.iter().zip(["matrix", "vector"]).map(|(tensor, name)| Trainable {
+            name: name.into(),
+            tensor: tensor.shallow_clone(),
+            decays: true,
+        });
+        let optimiser = Optimiser::new(trainables.collect(), &training(optimiser));
+        (params.into(), optimiser)
+    }
+
+    fn go(
+        golden: &HashMap<String, Tensor>,
+        params: &[Tensor],
+        optimiser: &mut Optimiser,
+        step: i64,
+    ) {
+        for (param, name) in params.iter().zip(["matrix", "vector"]) {
+            (param * golden[&format!("gradients.{name}")].get(step)).sum(Kind::Float).backward();
+        }
+        let _ = optimiser.step(1e-2).unwrap();
+    }
+
+    #[test]
+    fn updates_are_those_of_transformers_and_bitsandbytes() {
+        let golden = golden();
+        // A moment between two codes may fall to the other side for its last bit.
+        for (name, allowed) in [("adafactor", 0), ("adamw-8bit", 5)] {
+            let (params, mut optimiser) = start(&golden, name);
+            (0..STEPS).for_each(|step| go(&golden, &params, &mut optimiser, step));
+            for (param, part) in params.iter().zip(["matrix", "vector"]) {
+                // Vectors of so few numbers keep their moments in float32.
+                let Some(theirs) = golden.get(&format!("{name}.{part}")) else { continue };
+                let differ = (param - theirs).abs().gt(2e-6).sum(Kind::Int64).int64_value(&[]);
+                assert!(differ <= allowed, "{name}: {part}: {differ} of {}", param.numel());
+            }
+            for (part, ours) in optimiser.tensors() {
+                let part = part.trim_end_matches("/matrix");
+                let Some(theirs) = golden.get(&format!("{name}.{part}")) else { continue };
+                let differ = ours.ne_tensor(theirs).sum(Kind::Int64).int64_value(&[]);
+                assert!(differ <= allowed, "{name}: {part}: {differ} of {}", ours.numel());
+            }
+        }
+    }
+
+    #[test]
+    fn an_optimiser_goes_on_where_a_checkpoint_was_written() {
+        let golden = golden();
+        for name in ["adamw", "adamw-8bit", "adafactor"] {
+            let (params, mut whole) = start(&golden, name);
+            (0..STEPS).for_each(|step| go(&golden, &params, &mut whole, step));
+
+            let dir = tempfile::tempdir().unwrap();
+            let checkpoint = crate::resume::Checkpoint::of(dir.path(), "run".into());
+            let (halves, mut first) = start(&golden, name);
+            (0..STEPS / 2).for_each(|step| go(&golden, &halves, &mut first, step));
+            checkpoint.save(2, &first).unwrap();
+            let (again, mut second) = start(&golden, name);
+            assert_eq!(checkpoint.load(&mut second).unwrap(), Some(2));
+            (STEPS / 2..STEPS).for_each(|step| go(&golden, &again, &mut second, step));
+            for (whole, again) in params.iter().zip(&again) {
+                assert!(whole.device() == Device::Cpu && whole.equal(again), "{name}");
+            }
+        }
+    }
 }

@@ -30,13 +30,13 @@ pub fn run(job: &Job) -> Result<()> {
     let place = device::prepare(job, &training, config.parameters())?;
 
     let model = first(&params, config, place.compute, place.device)?;
-    let trainables = model.weights().into_iter().map(|(name, tensor)| Trainable {
+    let trainables = model.weights()?.into_iter().map(|(name, tensor)| Trainable {
         decays: tensor.dim() == 2 && name != checkpoint::names::EMBED,
         name,
         tensor,
     });
     fit(job, &training, &model, trainables.collect(), &data, place.device)?;
-    job.metric("parameters", model.weights().iter().map(|(_, w)| w.numel() as f64).sum());
+    job.metric("parameters", model.weights()?.iter().map(|(_, w)| w.numel() as f64).sum());
 
     write(&model, &tokenizer.path, job.out())
 }
@@ -132,6 +132,6 @@ fn write(model: &Decoder, tokenizer: &Path, out: &Path) -> Result<()> {
         }),
     )?;
 
-    let weights = model.weights().into_iter().collect();
+    let weights = model.weights()?.into_iter().collect();
     tensor::write(&out.join("model.safetensors"), Dtype::BF16, &weights)
 }

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::optimiser::Optimiser;
-use crate::tensor::{bytes, from_bytes, shape};
+use crate::tensor::{bytes, shape};
 
 /// The checkpoint of one run, in its scratch folder. A new one replaces the last in one move.
 pub struct Checkpoint {
@@ -28,10 +28,12 @@ impl Checkpoint {
 
     /// Keeps the state after `step` optimiser steps.
     pub fn save(&self, step: usize, optimiser: &Optimiser) -> Result<()> {
-        let tensors = tensors(optimiser).map(|(name, tensor)| (name, bytes(tensor), shape(tensor)));
-        let tensors: Vec<(String, Vec<u8>, Vec<usize>)> = tensors.collect();
-        let views = tensors.iter().map(|(name, data, shape)| {
-            TensorView::new(Dtype::F32, shape.clone(), data).map(|view| (name, view))
+        let tensors: Vec<_> = optimiser
+            .tensors()
+            .map(|(name, tensor)| (name, dtype_of(tensor), shape(tensor), bytes(tensor)))
+            .collect();
+        let views = tensors.iter().map(|(name, dtype, shape, data)| {
+            TensorView::new(*dtype, shape.clone(), data).map(|view| (name, view))
         });
         let about = HashMap::from([
             ("step".to_string(), step.to_string()),
@@ -62,9 +64,10 @@ impl Checkpoint {
             return Ok(None);
         }
         let file = SafeTensors::deserialize(&file).with_context(context)?;
-        for (name, tensor) in tensors(optimiser) {
+        for (name, tensor) in optimiser.tensors() {
             let saved = file.tensor(&name).with_context(context)?;
-            let saved = from_bytes(saved.dtype(), saved.shape(), saved.data())?;
+            let saved = Tensor::f_from_data_size(saved.data(), &tensor.size(), tensor.kind());
+            let saved = saved.with_context(context)?;
             tch::no_grad(|| tensor.shallow_clone().f_copy_(&saved)).with_context(context)?;
         }
         optimiser.set_steps(step);
@@ -72,12 +75,7 @@ impl Checkpoint {
     }
 }
 
-/// What a checkpoint holds: every parameter and its two moments.
-fn tensors(optimiser: &Optimiser) -> impl Iterator<Item = (String, &Tensor)> {
-    let parts =
-        [("param", &optimiser.params), ("first", &optimiser.first), ("second", &optimiser.second)];
-    parts.into_iter().flat_map(|(part, tensors)| {
-        let names = optimiser.names.iter().map(move |name| format!("{part}/{name}"));
-        names.zip(tensors)
-    })
+/// Parameters and moments are float32, moments in 8 bits bytes.
+fn dtype_of(tensor: &Tensor) -> Dtype {
+    if tensor.kind() == Kind::Uint8 { Dtype::U8 } else { Dtype::F32 }
 }

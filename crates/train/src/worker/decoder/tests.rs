@@ -9,7 +9,9 @@ use serde_json::{Value, json};
 use step::StepDef;
 
 use super::*;
+use crate::blockwise::Nf4;
 use crate::data::Rows;
+use crate::linear::Lora;
 use crate::optimiser::{Optimiser, Trainable};
 use crate::tensor;
 
@@ -48,6 +50,14 @@ fn batch(ids: &Tensor) -> Batch {
     Batch { ids: ids.shallow_clone(), packed: None, predicting, targets, weights }
 }
 
+/// [B·T, V]
+fn logits(model: &Decoder, batch: &Batch) -> Tensor {
+    let places = Places::new(model, batch);
+    let layers = 0..model.layers.len();
+    let x = layers.fold(model.embed(batch), |x, i| model.layer(i, &x, &places, None));
+    model.head.forward(&model.norm.forward(&x, model.compute), false)
+}
+
 /// Gives every layer but the head the adapter that PEFT had.
 fn adapt(model: &mut Decoder, expected: &HashMap<String, Tensor>) -> Vec<(String, Tensor)> {
     let mut leaves = Vec::new();
@@ -75,12 +85,12 @@ fn logits_loss_and_gradients_are_those_of_transformers_and_peft() {
     for architecture in ARCHITECTURES {
         let (mut model, expected) = (model(architecture), expected(architecture));
         let batch = batch(&expected["ids"]);
-        let logits = model.head.forward(&model.hidden(&batch, false), false);
+        let logits = logits(&model, &batch);
         let off = distance(&logits, &expected["logits"].flatten(0, 1));
         assert!(off <= 1e-5, "{architecture}: logits off by {off}");
 
         let leaves = adapt(&mut model, &expected);
-        let loss = model.loss(&batch, false) / batch.targets.numel() as f64;
+        let loss = model.loss(&batch, batch.targets.numel() as f64, None);
         let off = distance(&loss, &expected["loss"]);
         assert!(off <= 1e-5, "{architecture}: loss off by {off}");
         loss.backward();
@@ -106,7 +116,7 @@ fn fifty_steps_stay_with_those_of_peft() {
         let mut optimiser = Optimiser::new(trainables.collect(), &training);
         for (step, theirs) in Vec::<f64>::try_from(&expected["losses"]).unwrap().iter().enumerate()
         {
-            let loss = model.loss(&batch, false) / batch.targets.numel() as f64;
+            let loss = model.loss(&batch, batch.targets.numel() as f64, None);
             loss.backward();
             let _ = optimiser.step(training.learning_rate).unwrap();
             let ours = loss.double_value(&[]);
@@ -124,7 +134,8 @@ fn packed_rows_lose_what_they_lose_alone() {
         let offsets = vec![0, 21, 30, 47];
         let rows = Rows::new("rows".into(), ids.clone(), vec![1; ids.len()], offsets).unwrap();
         let loss = |rows: &Rows, which: &[u32], packed: bool| {
-            model.loss(&rows.batch(which, packed, 0.0, Device::Cpu), false).double_value(&[])
+            let batch = rows.batch(which, packed, 0.0, Device::Cpu);
+            model.loss(&batch, 1.0, None).double_value(&[])
         };
         let alone: f64 = [[0], [1], [2]].iter().map(|row| loss(&rows, row, false)).sum();
         for packed in [true, false] {
@@ -139,8 +150,64 @@ fn packed_rows_lose_what_they_lose_alone() {
 fn weights_are_those_that_were_read() {
     for architecture in ARCHITECTURES {
         let model = model(architecture);
-        let names: Vec<String> = model.weights().into_iter().map(|(name, _)| name).collect();
+        let names: Vec<String> =
+            model.weights().unwrap().into_iter().map(|(name, _)| name).collect();
         let expected = names::expected(&model.config);
         assert_eq!(names, expected.into_iter().map(|(name, _)| name).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn checkpointing_gives_the_same_gradient_to_the_bit() {
+    for architecture in ARCHITECTURES {
+        for trained in [false, true] {
+            let (mut model, expected) = (model(architecture), expected(architecture));
+            let mut leaves = adapt(&mut model, &expected);
+            model.linears_mut().filter_map(|l| l.lora.as_mut()).for_each(|l| l.dropout = 0.3);
+            if trained {
+                model.linears_mut().for_each(|linear| linear.lora = None);
+                leaves = model.weights().unwrap();
+                leaves.iter().for_each(|(_, leaf)| _ = leaf.set_requires_grad(true));
+            }
+            let batch = batch(&expected["ids"]);
+            let mut gradient = |checkpointing| {
+                let loss = model.backward(&batch, 44.0, Some(5), checkpointing).unwrap();
+                let gradients = leaves.iter_mut().map(|(_, leaf)| leaf.grad().copy());
+                let all: Vec<Tensor> = gradients.chain([loss]).collect();
+                leaves.iter_mut().for_each(|(_, leaf)| leaf.zero_grad());
+                all
+            };
+            let (kept, again) = (gradient(false), gradient(true));
+            for (i, (kept, again)) in kept.iter().zip(&again).enumerate() {
+                assert!(kept.equal(again), "{architecture}: {i} of {}", again);
+            }
+        }
+    }
+}
+
+/// QLoRA's gradients are those of a model that holds the same numbers densely.
+#[test]
+fn nf4_trains_as_what_it_stands_for() {
+    for architecture in ARCHITECTURES {
+        let expected = expected(architecture);
+        let batch = batch(&expected["ids"]);
+        let gradients = |dense: bool| {
+            let mut model = model(architecture);
+            for linear in model.linears_mut().filter(|linear| linear.module() != "lm_head") {
+                let nf4 = Nf4::quantise(&linear.weight.dense().unwrap(), Device::Cpu).unwrap();
+                linear.weight = match dense {
+                    true => nf4.dequantise(Kind::Float).unwrap().into(),
+                    false => Weight::Nf4(nf4),
+                };
+            }
+            let leaves = adapt(&mut model, &expected);
+            let loss = model.backward(&batch, 44.0, None, false).unwrap();
+            (loss, leaves.into_iter().map(|(_, leaf)| leaf.grad()).collect::<Vec<_>>())
+        };
+        let ((loss, packed), (dense_loss, dense)) = (gradients(false), gradients(true));
+        assert!(loss.equal(&dense_loss), "{architecture}");
+        assert!(packed.iter().zip(&dense).all(|(a, b)| a.equal(b)), "{architecture}");
+        // And it is not the model of the full weights.
+        assert!((loss - &expected["loss"]).abs().double_value(&[0]) > 1e-4, "{architecture}");
     }
 }
