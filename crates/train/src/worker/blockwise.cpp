@@ -144,14 +144,25 @@ void to_bytes(const Tensor& numbers, const Tensor& table, const Tensor& bytes,
 
 // What AdamW does to one number.
 struct AdamW {
-  float divisor, rate, beta1, beta2, eps, weight_decay, correction1, correction2;
+  float divisor, beta1, rest1, beta2, rest2, eps, decay, correction2, rate;
+
+  AdamW(float divisor, int64_t step, double rate, double beta1, double beta2, double eps,
+        double weight_decay)
+      : divisor(divisor),
+        beta1(beta1),
+        rest1(1 - beta1),
+        beta2(beta2),
+        rest2(1 - beta2),
+        eps(eps),
+        decay(1 - rate * weight_decay),
+        correction2(std::sqrt(1 - std::pow(beta2, double(step)))),
+        rate(rate / (1 - std::pow(beta1, double(step)))) {}
 
   void operator()(float& param, float grad, float& m, float& v) const {
     grad /= divisor;
-    m = m * beta1 + grad * (1 - beta1);
-    v = v * beta2 + grad * grad * (1 - beta2);
-    param *= 1 - rate * weight_decay;
-    param -= rate / correction1 * (m / (std::sqrt(v) / correction2 + eps));
+    m = m * beta1 + grad * rest1;
+    v = v * beta2 + grad * grad * rest2;
+    param = param * decay - rate * (m / (std::sqrt(v) / correction2 + eps));
   }
 };
 
@@ -284,14 +295,14 @@ int anneal_adamw_8bit(const Tensor* param, const Tensor* first, const Tensor* fi
                       double weight_decay) {
   return guarded([&] {
     at::NoGradGuard no_grad;
-    const double correction1 = 1 - std::pow(beta1, double(step));
-    const double correction2 = std::sqrt(1 - std::pow(beta2, double(step)));
     Tensor flat = param->view({-1});
     const Tensor grads = param->grad().contiguous().view({-1});
     if (!param->is_cpu()) {
       const Tensor table1 = on(param->device(), signed_table().data(), {NUMBERS});
       const Tensor table2 = on(param->device(), unsigned_table().data(), {NUMBERS});
       const Tensor grad = grads / *divisor;
+      const double correction1 = 1 - std::pow(beta1, double(step));
+      const double correction2 = std::sqrt(1 - std::pow(beta2, double(step)));
       const Tensor m = from_bytes(*first, *first_scales, table1).mul_(beta1).add_(grad, 1 - beta1);
       const Tensor v =
           from_bytes(*second, *second_scales, table2).mul_(beta2).addcmul_(grad, grad, 1 - beta2);
@@ -300,8 +311,7 @@ int anneal_adamw_8bit(const Tensor* param, const Tensor* first, const Tensor* fi
       to_bytes(m, table1, *first, *first_scales);
       to_bytes(v, table2, *second, *second_scales);
     } else {
-      const AdamW update{divisor->item<float>(), float(rate), float(beta1), float(beta2),
-                         float(eps), float(weight_decay), float(correction1), float(correction2)};
+      const AdamW update(divisor->item<float>(), step, rate, beta1, beta2, eps, weight_decay);
       const int64_t count = flat.numel();
       float *p = flat.mutable_data_ptr<float>(), *scale1 = first_scales->mutable_data_ptr<float>();
       float* scale2 = second_scales->mutable_data_ptr<float>();

@@ -225,7 +225,7 @@ mod tests {
     fn updates_are_those_of_transformers_and_bitsandbytes() {
         let golden = golden();
         // A moment between two codes may fall to the other side for its last bit.
-        for (name, allowed) in [("adafactor", 0), ("adamw-8bit", 5)] {
+        for (name, allowed) in [("adafactor", 0), ("adamw-8bit", 3)] {
             let (params, mut optimiser) = start(&golden, name);
             (0..STEPS).for_each(|step| go(&golden, &params, &mut optimiser, step));
             for (param, part) in params.iter().zip(["matrix", "vector"]) {
