@@ -28,7 +28,7 @@ pub struct Adapter {
 }
 
 /// What an adapter adds to one linear layer: `scale · B · A`.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub struct Delta {
     /// \[rank, in\], row-major.
     pub a: Vec<f32>,
@@ -62,7 +62,11 @@ pub struct AdapterConfig {
     pub revision: Option<String>,
     /// Names of modules, ends of such names, or one regular expression.
     #[serde(default)]
-    pub target_modules: Value,
+    target_modules: Value,
+    #[serde(default)]
+    exclude_modules: Value,
+    #[serde(default)]
+    layers_to_transform: Value,
     #[serde(default)]
     rank_pattern: Option<Patterns<usize>>,
     #[serde(default)]
@@ -177,6 +181,23 @@ impl Adapter {
         Ok(())
     }
 
+    /// What PEFT's `target_modules` has to be: the config's own list, sorted. Where an expression or
+    /// other keys choose among the layers, all of them by their full names.
+    pub fn targets(&self) -> Vec<String> {
+        let config = &self.config;
+        let mut targets: Vec<String> = match &config.target_modules {
+            Value::Array(list)
+                if is_empty(&config.exclude_modules) && config.layers_to_transform.is_null() =>
+            {
+                list.iter().filter_map(Value::as_str).map(str::to_string).collect()
+            }
+            _ => self.deltas.keys().map(|name| name.trim_end_matches(".weight").into()).collect(),
+        };
+        targets.sort_unstable();
+        targets.dedup();
+        targets
+    }
+
     /// Whether every B is still zero, as training finds it: the adapter changes nothing.
     pub fn untrained(&self) -> bool {
         self.deltas.values().all(|delta| delta.b.iter().all(|x| *x == 0.0))
@@ -193,13 +214,7 @@ pub fn tensor_name(module: &str, part: char) -> String {
 impl AdapterConfig {
     /// `all` is the whole of the config.
     fn refuse(&self, all: &Value, path: &Path) -> Result<(), Error> {
-        let empty = |value: &Value| match value {
-            Value::Null | Value::Bool(false) => true,
-            Value::Array(items) => items.is_empty(),
-            Value::Object(map) => map.is_empty(),
-            _ => false,
-        };
-        let more = MORE.iter().find(|key| !empty(&all[**key]));
+        let more = MORE.iter().find(|key| !is_empty(&all[**key]));
         let bias = self.bias.as_deref().unwrap_or("none");
         // PiSSA, OLoRA, CorDA, LoftQ: the matrices are the change of another base.
         let init = match &self.init_lora_weights {
@@ -271,6 +286,16 @@ impl AdapterConfig {
             alpha,
             scale: alpha / if self.use_rslora { (rank as f64).sqrt() } else { rank as f64 },
         })
+    }
+}
+
+/// Whether a key says no more than if it were left out.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
     }
 }
 
@@ -477,6 +502,20 @@ mod tests {
             write(dir.path(), &config, &[(A, &[2, 4], 1.0), (B, &[3, 2], 1.0)]);
             let error = Adapter::read(dir.path()).unwrap_err().to_string();
             assert!(error.contains(message), "{error}");
+        }
+    }
+
+    #[test]
+    fn targets_are_the_configs_own_list_or_full_names() {
+        let chosen = PLAIN.replacen('{', "{\"layers_to_transform\":[0],", 1);
+        for (config, targets) in [
+            (PLAIN.replace("[\"q\"]", "[\"q\",\"k\",\"q\"]"), vec!["k", "q"]),
+            (PLAIN.replace("[\"q\"]", "\".*q\""), vec!["l.q"]),
+            (chosen, vec!["l.q"]),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            write(dir.path(), &config, &[(A, &[2, 4], 1.0), (B, &[3, 2], 0.5)]);
+            assert_eq!(Adapter::read(dir.path()).unwrap().targets(), targets, "{config}");
         }
     }
 

@@ -46,7 +46,7 @@ def merged(name, adapter, last):
     model.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "both", combination_type="cat")
     model.set_adapter(adapter)
     weights = model.merge_and_unload().state_dict()
-    # Files stay small: every layer of both together, attention alone of one adapter.
+    # Files stay small: every layer of both together, queries alone of one adapter.
     wanted = "proj.weight" if adapter == "both" else "self_attn.q_proj.weight"
     layer = f"model.layers.{last}."
     return {n: t for n, t in weights.items() if n.startswith(layer) and n.endswith(wanted)}
