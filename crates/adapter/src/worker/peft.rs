@@ -47,10 +47,8 @@ fn read(files: &Input) -> Result<Adapter, Failure> {
         // What is fetched of a repository is a model's files, unless the recipe says otherwise.
         match files.kind == Kind::Model && !files.path.join(reader::CONFIG).is_file() {
             true => failure.hint(format!(
-                "give `{}` the key files = [\"{}\", \"{}\"]",
-                files.label,
-                reader::CONFIG,
-                reader::WEIGHTS
+                "give `{}` the key files = [\"adapter_*\", \"README.md\", \"LICENSE*\"]",
+                files.label
             )),
             false => failure,
         }
@@ -302,9 +300,7 @@ mod tests {
         assert_eq!(error.message, "recipes/mine: there is no adapter_config.json");
         assert_eq!(
             error.hint.as_deref(),
-            Some(
-                "give `mine` the key files = [\"adapter_config.json\", \"adapter_model.safetensors\"]"
-            )
+            Some("give `mine` the key files = [\"adapter_*\", \"README.md\", \"LICENSE*\"]")
         );
     }
 
