@@ -10,4 +10,5 @@ if [ ! -e "$stamp" ]; then
     "$venv/bin/pip" install --quiet --requirement tests/interop/requirements.txt
     touch "$stamp"
 fi
+"$venv/bin/python" tests/interop/adapters.py
 exec "$venv/bin/python" tests/interop/check.py "$@"

@@ -7,6 +7,7 @@ pub const REGISTRY: Registry = Registry {
         &source::FAMILY,
         &dataset::FAMILY,
         &train::FAMILY,
+        &adapter::FAMILY,
         &merge::FAMILY,
         &onnx::FAMILY,
         &gguf::FAMILY,

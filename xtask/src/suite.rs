@@ -37,6 +37,7 @@ const WORKERS: &[(&[&str], &[&str])] = &[
     (&["source/worker"], &[]),
     (&["dataset/worker"], &[]),
     (&["train/worker"], &["libtorch"]),
+    (&["adapter/worker"], &[]),
     (&["merge/worker"], &[]),
     (&["onnx/worker"], &[]),
     (

@@ -40,11 +40,20 @@ pub enum Error {
     Template { path: PathBuf, message: String },
     #[error("{path}: {message}")]
     Tokenizer { path: PathBuf, message: String },
+    #[error("{path}: {message}")]
+    Adapter { path: PathBuf, message: String, hint: &'static str },
 }
 
 impl Error {
     pub fn io(path: &Path, source: std::io::Error) -> Self {
         Error::Io { path: path.to_path_buf(), source }
+    }
+
+    /// The failure, with the folder called what a person knows it by.
+    pub fn called(self, dir: &Path, origin: &str) -> Failure {
+        let failure = Failure::from(self);
+        let message = failure.message.replace(&*dir.to_string_lossy(), origin);
+        Failure { message, ..failure }
     }
 }
 
@@ -55,6 +64,7 @@ impl From<Error> for Failure {
                 Failure::environment(error.to_string()).hint("free some disk space and build again")
             }
             Error::Io { .. } => Failure::environment(error.to_string()),
+            Error::Adapter { hint, .. } => Failure::input(error.to_string()).hint(*hint),
             _ => Failure::input(error.to_string()),
         }
     }

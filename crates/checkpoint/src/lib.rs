@@ -5,6 +5,8 @@
 
 use std::path::Path;
 
+#[cfg(feature = "weights")]
+pub mod adapter;
 #[cfg(feature = "chat")]
 pub mod chat;
 pub mod config;

@@ -1,11 +1,14 @@
-//! `merge/lora`: a model with an adapter's change added to its weights.
+//! `merge/lora`: a model with the changes of adapters added to its weights.
 //!
 //! The base is the original one in 16 or 32 bits, by digest: there is no way to merge into a
 //! quantised copy of it.
 
+use std::collections::BTreeMap;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use step::{InputDef, Kind, Step};
+use step::definition::Known;
+use step::{InputDef, Kind, ParamError, Step, Unsupported};
 
 /// The parameters of `merge/lora`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -14,6 +17,45 @@ pub struct Lora {
     /// The type of the merged weights: the sum is made in f32 and rounded to it once.
     #[serde(default)]
     pub dtype: Dtype,
+    /// What each adapter's change is multiplied by, by the adapter's name. One alone needs none.
+    #[serde(default)]
+    pub weights: BTreeMap<String, f64>,
+}
+
+impl Lora {
+    pub fn weight(&self, adapter: &str) -> f64 {
+        self.weights.get(adapter).copied().unwrap_or(1.0)
+    }
+
+    /// Holds `weights` to the adapters that there are.
+    fn weighed(&self, inputs: &Known) -> Result<(), Unsupported> {
+        let refuse = |what: String, built: &str| Err(Unsupported { what, built: built.into() });
+        let of = |name| inputs.get(name).into_iter().flatten().map(|input| input.label.as_str());
+        let (one, many): (Vec<&str>, Vec<&str>) =
+            (of("adapter").collect(), of("adapters").collect());
+        const EITHER: &str = "`adapter`, or `adapters` and their `weights`, is";
+        let names = match (one.is_empty(), many.is_empty()) {
+            (true, true) => return refuse("a merge without an adapter".into(), EITHER),
+            (false, false) => return refuse("`adapter` beside `adapters`".into(), EITHER),
+            _ => [one, many].concat(),
+        };
+        if let Some(twice) = (1..names.len()).find(|i| names[..*i].contains(&names[*i])) {
+            let what = format!("a merge of two adapters called `{}`", names[twice]);
+            return refuse(what, "weights go by name, so each needs its own");
+        }
+        let all: Vec<String> = names.iter().map(|name| format!("\"{name}\" = …")).collect();
+        let all = format!("`weights = {{ {} }}` is", all.join(", "));
+        if let Some(unknown) = self.weights.keys().find(|key| !names.contains(&key.as_str())) {
+            return refuse(format!("a weight for `{unknown}`, which is not merged,"), &all);
+        }
+        let needed = names.len() > 1 || !self.weights.is_empty();
+        match names.iter().find(|name| needed && !self.weights.contains_key(**name)) {
+            Some(name) => {
+                refuse(format!("a merge of `{name}` beside others without a weight"), &all)
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -38,21 +80,87 @@ impl Dtype {
 
 impl Step for Lora {
     const NAME: &'static str = "merge/lora";
-    const ABOUT: &'static str = "A model with an adapter's change added to its weights.";
-    const INPUTS: &'static [InputDef] =
-        &[InputDef::one("base", &[Kind::Model]), InputDef::one("adapter", &[Kind::Adapter])];
+    const ABOUT: &'static str = "A model with the changes of adapters added to its weights.";
+    const INPUTS: &'static [InputDef] = &[
+        InputDef::one("base", &[Kind::Model]),
+        InputDef::optional("adapter", &[Kind::Adapter]),
+        InputDef::many("adapters", &[Kind::Adapter]),
+    ];
     const OUTPUT: Kind = Kind::Model;
 
-    fn supports(&self, inputs: &step::definition::Known) -> Result<(), step::Unsupported> {
+    fn validate(&self) -> Result<(), ParamError> {
+        match self.weights.iter().find(|(_, weight)| !weight.is_finite() || **weight == 0.0) {
+            Some((name, weight)) => {
+                let message = format!("a weight of {weight} merges nothing");
+                Err(ParamError::at(format!("weights.{name}"), message)
+                    .hint("leave the adapter out, or give it a number"))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn supports(&self, inputs: &Known) -> Result<(), Unsupported> {
+        self.weighed(inputs)?;
         let facts = inputs.values().flatten().filter_map(|i| i.facts.architecture.as_deref());
         for architecture in facts {
             if !checkpoint::ARCHITECTURES.contains(&architecture) {
-                return Err(step::Unsupported {
+                return Err(Unsupported {
                     what: format!("architecture {architecture}"),
                     built: checkpoint::are(checkpoint::ARCHITECTURES),
                 });
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+    use step::definition::KnownInput;
+    use step::{Facts, StepDef};
+
+    use super::*;
+
+    const DEF: StepDef = StepDef::of::<Lora>();
+
+    fn resolve(weights: Value) -> Result<Value, ParamError> {
+        let Value::Object(map) = json!({"weights": weights}) else { unreachable!("an object") };
+        (DEF.resolve)(map)
+    }
+
+    #[test]
+    fn adapters_and_weights_go_together() {
+        let known = |label: &&str| KnownInput {
+            label: label.to_string(),
+            kind: Kind::Adapter,
+            facts: Facts::default(),
+        };
+        let cases: [(&[&str], &[&str], Value, &str); 9] = [
+            (&["a"], &[], json!({}), ""),
+            (&["a"], &[], json!({"a": 0.5}), ""),
+            (&[], &["a", "b"], json!({"a": 0.7, "b": -0.3}), ""),
+            (&[], &[], json!({}), "a merge without an adapter is not built yet"),
+            (&["a"], &["b"], json!({}), "`adapter` beside `adapters` is not built yet"),
+            (&[], &["a", "a"], json!({"a": 1}), "a merge of two adapters called `a`"),
+            (&[], &["a", "b"], json!({}), "a merge of `a` beside others without a weight"),
+            (&[], &["a", "b"], json!({"a": 1}), "`weights = { \"a\" = …, \"b\" = … }` is"),
+            (&["a"], &[], json!({"b": 1}), "a weight for `b`, which is not merged,"),
+        ];
+        for (one, many, weights, message) in cases {
+            let inputs = [("adapter", one), ("adapters", many)];
+            let inputs: Known = inputs
+                .into_iter()
+                .map(|(name, labels)| (name.to_string(), labels.iter().map(known).collect()))
+                .collect();
+            let said = (DEF.supports)(&resolve(weights).unwrap(), &inputs);
+            let said = said.err().map(|e| e.to_string()).unwrap_or_default();
+            assert!(said.contains(message) && said.is_empty() == message.is_empty(), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_weight_that_merges_nothing_is_refused() {
+        assert_eq!(resolve(json!({"a": 0.0})).unwrap_err().path, "weights.a");
     }
 }

@@ -1,10 +1,13 @@
-//! The work of `merge/lora`: W + scale·B·A in f32, rounded once, tensor by tensor over mmap.
+//! The work of `merge/lora`: W + Σ weight·scale·B·A in f32, rounded once, tensor by tensor over mmap.
 //!
 //! The product is summed over the rank in order with fused multiply-add, as PEFT's is; each element
 //! is computed by one thread, so the bytes do not depend on how many there are.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use checkpoint::adapter::{Adapter, Delta};
+use checkpoint::config::Config;
 use checkpoint::names;
 use checkpoint::weights::{Dtype, Spec, TensorRef, Weights, Writer};
 use half::{bf16, f16};
@@ -14,35 +17,19 @@ use serde_json::{Value, json};
 use step::Failure;
 use step::worker::{Job, Progress};
 
-use crate::adapter::{self, Delta};
-
 pub fn run(job: &Job) -> anyhow::Result<()> {
     let params: Lora = job.params()?;
     let base_dir = &job.input("base")?.path;
-    let adapter_dir = &job.input("adapter")?.path;
-    let config = checkpoint::config::Config::read(base_dir).map_err(Failure::from)?;
+    let config = Config::read(base_dir).map_err(Failure::from)?;
     let base = Weights::open(base_dir).map_err(Failure::from)?;
     base.check(&config).map_err(Failure::from)?;
-    let deltas = adapter::read(adapter_dir)?;
-    if config.tied && deltas.contains_key(names::LM_HEAD) {
-        return Err(Failure::input(
-            "the adapter changes lm_head, which this base shares with its embedding",
-        )
-        .hint("train the adapter without lm_head among its target_modules")
-        .into());
-    }
-    for (name, delta) in &deltas {
-        let weight = base.get(name).map_err(Failure::from)?;
-        let fits = weight.shape == [delta.b.len() / delta.rank, delta.a.len() / delta.rank];
-        if !fits {
-            return Err(Failure::input(format!(
-                "`{name}` is {:?} in the base, the adapter changes {} × {}",
-                weight.shape,
-                delta.b.len() / delta.rank,
-                delta.a.len() / delta.rank
-            ))
-            .hint("was the adapter trained on this base?")
-            .into());
+    let adapters = adapters(job, &config)?;
+    // A weight's name → what is added to it.
+    let mut changes: BTreeMap<&str, Vec<Change>> = BTreeMap::new();
+    for (name, adapter) in &adapters {
+        for (weight, delta) in &adapter.deltas {
+            let factor = (delta.scale * params.weight(name)) as f32;
+            changes.entry(weight).or_default().push(Change { delta, factor });
         }
     }
 
@@ -60,8 +47,8 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
     let threads = rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build()?;
     for (done, spec) in order.iter().enumerate() {
         let tensor = base.get(&spec.name).map_err(Failure::from)?;
-        let bytes = threads.install(|| match deltas.get(&spec.name) {
-            Some(delta) => merge(&tensor, delta, dtype, &mut kept),
+        let bytes = threads.install(|| match changes.get(&*spec.name) {
+            Some(changes) => merge(&tensor, changes, dtype, &mut kept),
             None if tensor.dtype == dtype => Ok(tensor.data.to_vec()),
             None => Ok(encode(&tensor.to_f32()?, dtype)),
         });
@@ -82,25 +69,76 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
     job.metric("delta_norm", kept.mean(|row| row.relative));
     job.metric("delta_kept", kept.mean(|row| row.kept));
     job.metric("tensors_merged", kept.rows.len() as f64);
-    std::fs::write(job.report().join("report.md"), kept.table(params.dtype.name()))?;
+    let mut report = kept.summary(params.dtype.name()) + "| adapter | weight |\n|---|---|\n";
+    for name in adapters.keys() {
+        let weight = params.weight(name);
+        _ = writeln!(report, "| {name} | {weight} |");
+        if !params.weights.is_empty() {
+            job.metric(&format!("weight.{name}"), weight);
+        }
+    }
+    report.push('\n');
+    std::fs::write(job.report().join("report.md"), report + &kept.table())?;
     Ok(())
+}
+
+/// The adapters by name, each held to the base. In this order they are added, whatever the order
+/// in the recipe, which the key does not know.
+fn adapters<'a>(job: &'a Job, base: &Config) -> anyhow::Result<BTreeMap<&'a str, Adapter>> {
+    let mut all = BTreeMap::new();
+    for input in job.inputs("adapter").iter().chain(job.inputs("adapters")) {
+        let read = || {
+            let adapter = Adapter::read(&input.path)?;
+            adapter.check(base)?;
+            Ok(adapter)
+        };
+        let adapter =
+            read().map_err(|e: checkpoint::Error| e.called(&input.path, &input.origin))?;
+        if adapter.untrained() {
+            return Err(Failure::input(format!(
+                "{}: the adapter was never trained: all of its B matrices are zero",
+                input.origin
+            ))
+            .hint("look at the training step's loss curve")
+            .into());
+        }
+        all.insert(input.label.as_str(), adapter);
+    }
+    Ok(all)
+}
+
+/// What one adapter adds to a weight: `factor · B · A`.
+struct Change<'a> {
+    delta: &'a Delta,
+    factor: f32,
+}
+
+impl Change<'_> {
+    /// Row `o` of what is added.
+    fn row(&self, o: usize, columns: usize) -> Vec<f32> {
+        let Delta { a, b, rank, .. } = self.delta;
+        let product = product(&b[o * rank..][..*rank], a, columns);
+        product.into_iter().map(|x| x * self.factor).collect()
+    }
 }
 
 /// The merged tensor in its final type; what was kept of the change goes into `kept`.
 fn merge(
     base: &TensorRef,
-    delta: &Delta,
+    changes: &[Change],
     dtype: Dtype,
     kept: &mut Kept,
 ) -> Result<Vec<u8>, checkpoint::Error> {
     let weight = base.to_f32()?;
-    let columns = delta.a.len() / delta.rank;
+    let columns = base.shape[1];
     let rows: Vec<(Vec<u8>, [f64; 3])> = weight
         .par_chunks(columns)
         .enumerate()
         .map(|(o, row)| {
-            let change = product(&delta.b[o * delta.rank..][..delta.rank], &delta.a, columns);
-            let change: Vec<f32> = change.into_iter().map(|x| x * delta.scale).collect();
+            let mut change = changes[0].row(o, columns);
+            for other in &changes[1..] {
+                change.iter_mut().zip(other.row(o, columns)).for_each(|(sum, x)| *sum += x);
+            }
             let sum: Vec<f32> = row.iter().zip(&change).map(|(w, d)| w + d).collect();
             let bytes = encode(&sum, dtype);
             let rounded = decode(&bytes, dtype);
@@ -205,10 +243,8 @@ impl Kept {
     /// A merge that changes nothing is never what was meant.
     fn refuse_what_was_lost(&self) -> Result<(), Failure> {
         if self.rows.iter().all(|row| row.zero) {
-            return Err(Failure::input(
-                "the adapter was never trained: all of its B matrices are zero",
-            )
-            .hint("look at the training step's loss curve"));
+            return Err(Failure::input("the adapters together change nothing")
+                .hint("look at their weights: do two of them cancel out?"));
         }
         match self.rows.iter().find(|row| row.kept <= 0.0) {
             Some(row) => Err(Failure::input(format!(
@@ -220,13 +256,16 @@ impl Kept {
         }
     }
 
-    fn table(&self, dtype: &str) -> String {
-        let mut text = format!(
-            "# Merge\n\n{} tensors changed; {:.1} % of the change survives rounding to {dtype}.\n\n\
-             | tensor | ‖Δ‖/‖W‖ | kept |\n|---|---|---|\n",
+    fn summary(&self, dtype: &str) -> String {
+        format!(
+            "# Merge\n\n{} tensors changed; {:.1} % of the change survives rounding to {dtype}.\n\n",
             self.rows.len(),
             self.mean(|row| row.kept) * 100.0
-        );
+        )
+    }
+
+    fn table(&self) -> String {
+        let mut text = String::from("| tensor | ‖Δ‖/‖W‖ | kept |\n|---|---|---|\n");
         for row in &self.rows {
             let _ = writeln!(
                 text,
@@ -254,7 +293,6 @@ fn write_config(from: &std::path::Path, to: &std::path::Path, dtype: &str) -> an
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeMap;
     use std::path::Path;
     use step::Kind;
     use step::worker::{Input, Mode, Request};
@@ -276,7 +314,7 @@ mod tests {
     fn base(dir: &Path) {
         std::fs::create_dir_all(dir).unwrap();
         std::fs::write(dir.join("config.json"), CONFIG).unwrap();
-        let config = checkpoint::config::Config::read(dir).unwrap();
+        let config = Config::read(dir).unwrap();
         let specs = names::expected(&config);
         let specs = specs.iter().map(|(n, s)| Spec::new(n, Dtype::BF16, s)).collect();
         let mut writer = Writer::create(&dir.join("model.safetensors"), specs).unwrap();
@@ -306,12 +344,17 @@ mod tests {
 
     const PLAIN: &str = r#"{"peft_type":"LORA","r":2,"lora_alpha":4,"modules_to_save":null}"#;
 
-    fn merged(dir: &Path, threads: usize) -> Result<Vec<u8>, String> {
-        let input = |name: &str, kind| {
-            let input =
-                Input { label: name.into(), kind, path: dir.join(name), origin: name.into() };
-            (name.to_string(), vec![input])
-        };
+    fn input(name: &str, kind: Kind, path: &Path) -> Input {
+        Input { label: name.into(), kind, path: path.into(), origin: name.into() }
+    }
+
+    /// Merges what is in `inputs` into `dir`.
+    fn merge_into(
+        dir: &Path,
+        threads: usize,
+        params: Value,
+        inputs: &[(&str, &[Input])],
+    ) -> Result<(), String> {
         let folder = |name: &str| {
             let path = dir.join(format!("{name}{threads}"));
             std::fs::create_dir_all(&path).unwrap();
@@ -321,17 +364,79 @@ mod tests {
             format: 1,
             step: "merge/lora".into(),
             mode: Mode::Build,
-            params: json!({"dtype": "bfloat16"}),
-            inputs: BTreeMap::from([input("base", Kind::Model), input("adapter", Kind::Adapter)]),
+            params,
+            inputs: inputs.iter().map(|(name, all)| (name.to_string(), all.to_vec())).collect(),
             out: folder("out"),
             report: folder("report"),
             scratch: folder("scratch"),
             tools: BTreeMap::new(),
             threads,
         };
-        let out = request.out.clone();
-        run(&Job::new(request, std::io::sink())).map_err(|e| format!("{e:#}"))?;
-        Ok(std::fs::read(out.join("model.safetensors")).unwrap())
+        run(&Job::new(request, std::io::sink())).map_err(|e| format!("{e:#}"))
+    }
+
+    fn merged(dir: &Path, threads: usize) -> Result<Vec<u8>, String> {
+        let inputs = [
+            ("base", [input("base", Kind::Model, &dir.join("base"))]),
+            ("adapter", [input("adapter", Kind::Adapter, &dir.join("adapter"))]),
+        ];
+        let inputs = inputs.each_ref().map(|(name, input)| (*name, input.as_slice()));
+        merge_into(dir, threads, json!({"dtype": "bfloat16"}), &inputs)?;
+        Ok(std::fs::read(dir.join(format!("out{threads}/model.safetensors"))).unwrap())
+    }
+
+    /// Holds merges of one adapter and of two to PEFT's: see tests/golden/make.py.
+    #[test]
+    fn merges_are_those_of_peft() {
+        let crates = Path::new(env!("CARGO_MANIFEST_DIR"));
+        for architecture in ["llama", "mistral", "qwen2", "qwen3", "gemma3"] {
+            let golden = crates.join("tests/golden").join(architecture);
+            let theirs = Weights::open_file(&golden.join("merged.safetensors")).unwrap();
+            let base = crates.join("../train/src/worker/golden").join(architecture);
+            let base = [input("base", Kind::Model, &base)];
+            let [first, second] =
+                ["first", "second"].map(|name| [input(name, Kind::Adapter, &golden.join(name))]);
+            let both = [second.clone(), first.clone()].concat();
+            let weights = json!({"dtype": "float32", "weights": {"first": 0.7, "second": -0.4}});
+            for (name, field, adapters, params) in [
+                ("first", "adapter", &first[..], json!({"dtype": "float32"})),
+                ("second", "adapter", &second[..], json!({"dtype": "float32"})),
+                ("both", "adapters", &both[..], weights),
+            ] {
+                let dir = tempfile::tempdir().unwrap();
+                merge_into(dir.path(), 1, params, &[("base", &base), (field, adapters)]).unwrap();
+                let ours = Weights::open(&dir.path().join("out1")).unwrap();
+                let prefix = format!("{name}.");
+                let mut compared = 0;
+                for tensor in theirs.names().filter(|t| t.starts_with(&prefix)) {
+                    let want = theirs.get(tensor).unwrap().to_f32().unwrap();
+                    let got = ours.get(&tensor[prefix.len()..]).unwrap().to_f32().unwrap();
+                    assert_eq!(got.len(), want.len());
+                    let largest = want.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+                    let off = got.iter().zip(&want).fold(0.0f32, |m, (g, w)| m.max((g - w).abs()));
+                    assert!(off <= 5e-7 * largest, "{architecture}: {tensor} is off by {off}");
+                    compared += 1;
+                }
+                assert_eq!(compared, if name == "both" { 7 } else { 1 });
+                let report = std::fs::read_to_string(dir.path().join("report1/report.md")).unwrap();
+                let row = if name == "both" { "| second | -0.4 |" } else { "| 1 |" };
+                assert!(report.contains(row), "{report}");
+            }
+        }
+    }
+
+    #[test]
+    fn adapters_that_cancel_out_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let [base_dir, adapter_dir] = ["base", "adapter"].map(|name| dir.path().join(name));
+        base(&base_dir);
+        adapter(&adapter_dir, PLAIN, 0.5);
+        let [a, b] = ["a", "b"].map(|name| input(name, Kind::Adapter, &adapter_dir));
+        let base = [input("base", Kind::Model, &base_dir)];
+        let params = json!({"weights": {"a": 1, "b": -1}});
+        let inputs: [(&str, &[Input]); 2] = [("base", &base), ("adapters", &[a, b])];
+        let error = merge_into(dir.path(), 1, params, &inputs).unwrap_err();
+        assert_eq!(error, "the adapters together change nothing");
     }
 
     #[test]
@@ -345,8 +450,8 @@ mod tests {
         let name = "model.layers.0.self_attn.q_proj.weight";
         let w =
             Weights::open(&dir.path().join("base")).unwrap().get(name).unwrap().to_f32().unwrap();
-        let deltas = adapter::read(&dir.path().join("adapter")).unwrap();
-        let d = &deltas[name];
+        let adapter = Adapter::read(&dir.path().join("adapter")).unwrap();
+        let d = &adapter.deltas[name];
         let got =
             Weights::open(&dir.path().join("out1")).unwrap().get(name).unwrap().to_f32().unwrap();
         for (o, row) in got.chunks(8).enumerate() {

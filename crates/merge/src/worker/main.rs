@@ -2,7 +2,6 @@
 
 use std::process::ExitCode;
 
-mod adapter;
 mod lora;
 
 fn main() -> ExitCode {
