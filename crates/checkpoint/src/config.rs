@@ -21,15 +21,19 @@ pub enum Architecture {
     /// The text part of Gemma 3: norms before and after, weights of norms from 0, GELU, a scaled
     /// embedding, and other rotary positions in sliding windows.
     Gemma3,
+    /// Phi-3 and 3.5, mini and medium: as Mistral, with queries, keys and values of one matrix, gate
+    /// and up of another, and rotary positions on a part of each head.
+    Phi3,
 }
 
 impl Architecture {
-    pub const ALL: [Architecture; 5] = [
+    pub const ALL: [Architecture; 6] = [
         Architecture::Llama,
         Architecture::Mistral,
         Architecture::Qwen2,
         Architecture::Qwen3,
         Architecture::Gemma3,
+        Architecture::Phi3,
     ];
 
     /// The architecture of a `model_type`, if it is built.
@@ -44,6 +48,7 @@ impl Architecture {
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
             Architecture::Gemma3 => "gemma3_text",
+            Architecture::Phi3 => "phi3",
         }
     }
 }
@@ -62,7 +67,9 @@ pub struct Config {
     pub max_positions: usize,
     pub rms_norm_eps: f64,
     pub rope_theta: f64,
-    pub rope_scaling: Option<Llama3>,
+    pub rope_scaling: Option<RopeScaling>,
+    /// How many dimensions of a head are turned by its position: the first.
+    pub rotary_dim: usize,
     /// The theta of layers with a window, where it is another one.
     pub rope_theta_near: Option<f64>,
     /// Of queries, keys and values; and of what attention gives.
@@ -83,7 +90,26 @@ pub struct Config {
     pub dtype: String,
 }
 
-/// How Llama 3.1 stretches rotary positions: `rope_type` `llama3`.
+/// How rotary positions are stretched beyond those of pretraining.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeScaling {
+    Llama3(Llama3),
+    LongRope(LongRope),
+}
+
+/// How Phi-3 stretches them: `rope_type` `longrope` (Ding et al., 2024).
+#[derive(Debug, Clone, PartialEq)]
+pub struct LongRope {
+    /// What wavelengths are multiplied by in rows of at most `original_max_positions`, and in longer
+    /// ones: a number for each pair of dimensions.
+    pub short_factor: Vec<f64>,
+    pub long_factor: Vec<f64>,
+    pub original_max_positions: usize,
+    /// What cosines and sines are multiplied by.
+    pub attention_factor: f64,
+}
+
+/// How Llama 3.1 stretches them: `rope_type` `llama3`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Llama3 {
     pub factor: f64,
@@ -117,7 +143,7 @@ impl Config {
         let Some(architecture) = Architecture::of(&model_type) else {
             return Err(Error::Architecture { path: origin.into(), found: model_type });
         };
-        keys.refuse_what_changes_the_maths()?;
+        keys.refuse_what_changes_the_maths(architecture)?;
         let (hidden_size, num_heads) =
             (keys.size("hidden_size")?, keys.size("num_attention_heads")?);
         let num_layers = keys.size("num_hidden_layers")?;
@@ -129,6 +155,10 @@ impl Config {
         let theta = map.get("rope_theta").or_else(|| rope?.get("rope_theta"));
         let near = map.get("rope_local_base_freq").or_else(|| near?.get("rope_theta"));
         let head_dim = keys.size_or("head_dim", hidden_size / num_heads)?;
+        let max_positions = keys.size_or("max_position_embeddings", 2048)?;
+        let part = rope.and_then(|rope| rope.get(PARTIAL_ROTARY)).or(map.get(PARTIAL_ROTARY));
+        let part = part.and_then(Value::as_f64).unwrap_or(1.0);
+        let rotary_dim = (head_dim as f64 * part) as usize;
         let gemma = architecture == Architecture::Gemma3;
         let config = Self {
             architecture,
@@ -139,11 +169,12 @@ impl Config {
             head_dim,
             intermediate_size: keys.size("intermediate_size")?,
             vocab_size: keys.size("vocab_size")?,
-            max_positions: keys.size_or("max_position_embeddings", 2048)?,
+            max_positions,
             rms_norm_eps: map.get("rms_norm_eps").and_then(Value::as_f64).unwrap_or(1e-6),
             rope_theta: theta.and_then(Value::as_f64).unwrap_or(if gemma { 1e6 } else { 1e4 }),
             rope_theta_near: near.and_then(Value::as_f64).or(Some(1e4)).filter(|_| gemma),
-            rope_scaling: keys.rope_scaling(rope)?,
+            rope_scaling: keys.rope_scaling(rope, rotary_dim, max_positions)?,
+            rotary_dim,
             qkv_bias: architecture == Architecture::Qwen2 || attention_bias,
             o_bias: architecture != Architecture::Qwen2 && attention_bias,
             qk_norm: gemma || architecture == Architecture::Qwen3,
@@ -166,9 +197,22 @@ impl Config {
                 .unwrap_or("float32")
                 .to_string(),
         };
-        if !config.num_heads.is_multiple_of(config.num_kv_heads)
-            || !config.head_dim.is_multiple_of(2)
-        {
+        if rotary_dim != head_dim && architecture != Architecture::Phi3 {
+            return Err(Error::UnsupportedKey {
+                path: origin.into(),
+                key: PARTIAL_ROTARY.into(),
+                value: part.to_string(),
+            });
+        }
+        if !(1..=head_dim).contains(&rotary_dim) || !rotary_dim.is_multiple_of(2) {
+            return Err(Error::Config {
+                path: origin.into(),
+                message: format!(
+                    "positions cannot turn {rotary_dim} of the {head_dim} dimensions of a head"
+                ),
+            });
+        }
+        if !config.num_heads.is_multiple_of(config.num_kv_heads) {
             return Err(Error::Config {
                 path: origin.into(),
                 message: format!(
@@ -240,6 +284,8 @@ impl Config {
     }
 }
 
+const PARTIAL_ROTARY: &str = "partial_rotary_factor";
+
 struct Keys<'a> {
     map: &'a Map<String, Value>,
     origin: &'a Path,
@@ -272,10 +318,60 @@ impl Keys<'_> {
         self.map.get(key).and_then(Value::as_bool).unwrap_or(false)
     }
 
-    fn rope_scaling(&self, rope: Option<&Value>) -> Result<Option<Llama3>, Error> {
-        let Some(rope) = rope.filter(|rope| rope_type(rope) == Some("llama3")) else {
-            return Ok(None);
+    fn rope_scaling(
+        &self,
+        rope: Option<&Value>,
+        rotary_dim: usize,
+        max_positions: usize,
+    ) -> Result<Option<RopeScaling>, Error> {
+        let Some(rope) = rope else { return Ok(None) };
+        match rope_type(rope) {
+            Some("llama3") => Ok(Some(RopeScaling::Llama3(self.llama3(rope)?))),
+            // Phi-3 was published with the second name.
+            Some("longrope" | "su") => {
+                Ok(Some(RopeScaling::LongRope(self.long_rope(rope, rotary_dim, max_positions)?)))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn long_rope(
+        &self,
+        rope: &Value,
+        rotary_dim: usize,
+        max_positions: usize,
+    ) -> Result<LongRope, Error> {
+        let pairs = rotary_dim / 2;
+        let factors = |key: &str| {
+            let list = rope.get(key).and_then(Value::as_array).into_iter().flatten();
+            let list: Vec<f64> = list.filter_map(Value::as_f64).filter(|x| *x > 0.0).collect();
+            if list.len() == pairs {
+                return Ok(list);
+            }
+            Err(Error::Config {
+                path: self.origin.into(),
+                message: format!(
+                    "a `rope_type` of longrope needs `{key}`: {pairs} numbers above 0"
+                ),
+            })
         };
+        // As transformers: the key that stands beside `rope_parameters` counts, not the one in it.
+        let original = self.size_or("original_max_position_embeddings", 4096)?;
+        let given = |key: &str| rope.get(key).and_then(Value::as_f64);
+        let stretch = given("factor").unwrap_or(max_positions as f64 / original as f64);
+        let suggested = match stretch > 1.0 {
+            true => (1.0 + stretch.ln() / (original as f64).ln()).sqrt(),
+            false => 1.0,
+        };
+        Ok(LongRope {
+            short_factor: factors("short_factor")?,
+            long_factor: factors("long_factor")?,
+            original_max_positions: original,
+            attention_factor: given("attention_factor").unwrap_or(suggested),
+        })
+    }
+
+    fn llama3(&self, rope: &Value) -> Result<Llama3, Error> {
         let number = |key: &'static str| match rope.get(key).and_then(Value::as_f64) {
             Some(number) if number > 0.0 => Ok(number),
             _ => Err(Error::Config {
@@ -283,12 +379,12 @@ impl Keys<'_> {
                 message: format!("a `rope_type` of llama3 needs `{key}` above 0"),
             }),
         };
-        Ok(Some(Llama3 {
+        Ok(Llama3 {
             factor: number("factor")?,
             low_freq_factor: number("low_freq_factor")?,
             high_freq_factor: number("high_freq_factor")?,
             original_max_positions: number("original_max_position_embeddings")?,
-        }))
+        })
     }
 
     /// The sliding window of each layer.
@@ -306,14 +402,16 @@ impl Keys<'_> {
             },
         };
         let Some(size) = size else { return Ok(vec![None; layers]) };
-        let Some(types) = self.map.get("layer_types").and_then(Value::as_array) else {
+        let types = self.map.get("layer_types").and_then(Value::as_array);
+        // Phi-3 has one kind of layer, whatever that list says.
+        let Some(types) = types.filter(|_| architecture != Architecture::Phi3) else {
             if architecture == Architecture::Gemma3 {
                 let every = self.map.get("sliding_window_pattern").and_then(Value::as_u64);
                 let every = every.unwrap_or(6).max(1) as usize;
                 return Ok((1..=layers).map(|i| (i % every != 0).then_some(size)).collect());
             }
             let first = match architecture {
-                Architecture::Mistral => 0,
+                Architecture::Mistral | Architecture::Phi3 => 0,
                 _ => self.map.get("max_window_layers").and_then(Value::as_u64).unwrap_or(28),
             };
             return Ok((0..layers as u64).map(|i| (i >= first).then_some(size)).collect());
@@ -346,7 +444,7 @@ impl Keys<'_> {
         }
     }
 
-    fn refuse_what_changes_the_maths(&self) -> Result<(), Error> {
+    fn refuse_what_changes_the_maths(&self, architecture: Architecture) -> Result<(), Error> {
         let refuse = |key: &str, value: &Value| {
             Err(Error::UnsupportedKey {
                 path: self.origin.into(),
@@ -357,8 +455,10 @@ impl Keys<'_> {
         if let Some(value @ Value::Bool(true)) = self.map.get("mlp_bias") {
             return refuse("mlp_bias", value);
         }
-        let gemma = self.text("model_type")? == Architecture::Gemma3.model_type();
-        let own = if gemma { "gelu_pytorch_tanh" } else { "silu" };
+        let own = match architecture {
+            Architecture::Gemma3 => "gelu_pytorch_tanh",
+            _ => "silu",
+        };
         for key in ["hidden_act", "hidden_activation"] {
             match self.map.get(key) {
                 None | Some(Value::Null) => {}
@@ -375,13 +475,21 @@ impl Keys<'_> {
         if let Some(value @ Value::Bool(true)) = self.map.get("use_bidirectional_attention") {
             return refuse("use_bidirectional_attention", value);
         }
+        if let Some(value @ Value::Bool(true)) = self.map.get("attention_bias")
+            && architecture == Architecture::Phi3
+        {
+            return refuse("attention_bias", value);
+        }
+        let rope_types: &[&str] = match architecture {
+            Architecture::Gemma3 => &["default"],
+            Architecture::Phi3 => &["default", "longrope", "su"],
+            _ => &["default", "llama3"],
+        };
         for key in ["rope_scaling", "rope_parameters"] {
             let Some(rope @ Value::Object(_)) = self.map.get(key) else { continue };
             let parts = ["full_attention", "sliding_attention"].map(|part| rope.get(part));
             for part in [Some(rope)].into_iter().chain(parts).flatten() {
-                let known = ["default", "llama3"];
-                if rope_type(part).is_some_and(|kind| !known[..2 - gemma as usize].contains(&kind))
-                {
+                if rope_type(part).is_some_and(|kind| !rope_types.contains(&kind)) {
                     return refuse(key, rope);
                 }
             }
@@ -433,6 +541,7 @@ mod tests {
             ("qwen3", types, [None, None]),
             ("gemma3_text", window, [Some(7), Some(7)]),
             ("gemma3_text", types, [Some(7), None]),
+            ("phi3", types, [Some(7), Some(7)]),
         ] {
             let json = TINY.replacen(
                 "{\"model_type\":\"llama\",",
@@ -440,6 +549,36 @@ mod tests {
                 1,
             );
             assert_eq!(parse(&json).unwrap().windows, windows, "{json}");
+        }
+    }
+
+    /// As Phi-3 was published, and as transformers 5 writes it.
+    #[test]
+    fn longrope_is_read_in_both_spellings() {
+        let factors = r#""short_factor":[1,1.5],"long_factor":[2,4]"#;
+        let old =
+            format!(r#""partial_rotary_factor":0.25,"rope_scaling":{{"type":"su",{factors}}}"#);
+        let new = format!(
+            r#""rope_parameters":{{"rope_type":"longrope","partial_rotary_factor":0.25,{factors}}}"#
+        );
+        for rope in [&old, &new] {
+            for (keys, original, attention) in [
+                (r#""max_position_embeddings":131072,"#, 4096, (1.0_f64 + 5.0 / 12.0).sqrt()),
+                (r#""original_max_position_embeddings":2048,"#, 2048, 1.0),
+            ] {
+                let phi = format!("{{{keys}{rope},\"model_type\":\"phi3\",");
+                let config = parse(&TINY.replacen("{\"model_type\":\"llama\",", &phi, 1)).unwrap();
+                let Some(RopeScaling::LongRope(scaling)) = config.rope_scaling else {
+                    panic!("{phi}: no longrope");
+                };
+                assert_eq!(config.rotary_dim, 4);
+                assert_eq!(
+                    (scaling.short_factor, scaling.long_factor),
+                    (vec![1.0, 1.5], vec![2.0, 4.0])
+                );
+                assert_eq!(scaling.original_max_positions, original);
+                assert!((scaling.attention_factor - attention).abs() < 1e-12);
+            }
         }
     }
 
@@ -452,6 +591,7 @@ mod tests {
         assert_eq!(exportable("llama", "llama"), Ok(()));
         for (from, to, what) in [
             ("llama", "qwen3", "`qwen3` can be trained and merged, and not be exported yet"),
+            ("llama", "phi3", "`phi3` can be trained and merged, and not be exported yet"),
             ("{\"model", "{\"attention_bias\":true,\"model", "`attention_bias` = true"),
             (
                 "{\"model",
@@ -469,8 +609,33 @@ mod tests {
         for (from, to, message) in [
             (
                 "llama",
-                "phi3",
-                "config.json: architecture `phi3` is not built yet; llama, mistral, qwen2, qwen3 and gemma3_text are",
+                "gpt2",
+                "config.json: architecture `gpt2` is not built yet; llama, mistral, qwen2, qwen3, gemma3_text and phi3 are",
+            ),
+            (
+                "llama\"",
+                "phi3\",\"rope_scaling\":{\"type\":\"yarn\"}",
+                "config.json: `rope_scaling` = {\"type\":\"yarn\"} changes what the model computes, and is not built yet",
+            ),
+            (
+                "llama\"",
+                "phi3\",\"rope_scaling\":{\"type\":\"su\",\"short_factor\":[1]}",
+                "config.json: a `rope_type` of longrope needs `short_factor`: 8 numbers above 0",
+            ),
+            (
+                "llama\"",
+                "phi3\",\"attention_bias\":true",
+                "config.json: `attention_bias` = true changes what the model computes, and is not built yet",
+            ),
+            (
+                "llama\"",
+                "phi3\",\"partial_rotary_factor\":0.2",
+                "config.json: positions cannot turn 3 of the 16 dimensions of a head",
+            ),
+            (
+                "{\"model",
+                "{\"partial_rotary_factor\":0.5,\"model",
+                "config.json: `partial_rotary_factor` = 0.5 changes what the model computes, and is not built yet",
             ),
             ("\"vocab_size\":96,", "", "config.json has no `vocab_size`"),
             (

@@ -18,7 +18,7 @@ pub mod weights;
 pub use error::Error;
 
 /// `model_type` of the architectures that can be trained and merged.
-pub const ARCHITECTURES: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "gemma3_text"];
+pub const ARCHITECTURES: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"];
 
 /// Those that can be trained from scratch, exported and measured, too.
 pub const EXPORTED: &[&str] = &["llama"];

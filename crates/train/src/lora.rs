@@ -2,9 +2,11 @@
 //!
 //! Knows nothing of libtorch: the worker does the training.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
-use checkpoint::config::Config;
+use checkpoint::config::{Architecture, Config};
+use checkpoint::names;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -27,7 +29,9 @@ training_step! {
         pub rslora: bool,
         /// Of the adapter's input, while training.
         pub dropout: f64,
-        /// Names of linear layers, or `all-linear`: every one but the head.
+        /// Names of linear layers, or `all-linear`: every one but the head. Where a model holds
+        /// several layers in one matrix, as Phi-3 does, each of their names stands for it: q_proj,
+        /// k_proj and v_proj for qkv_proj, gate_proj and up_proj for gate_up_proj.
         pub target_modules: Vec<String>,
         /// What the frozen weights are held in: 16, or 4 for QLoRA.
         pub bits: u8,
@@ -42,9 +46,21 @@ pub enum Preset {
     HighQuality,
 }
 
-/// Linear layers that can be a target, in the order of the forward pass.
-pub const TARGETS: [&str; 8] =
-    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"];
+/// Linear layers that can be a target, in the order of the forward pass; of no architecture all.
+pub const TARGETS: [&str; 10] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+    HEAD,
+];
+
+const HEAD: &str = "lm_head";
 
 pub const ALL_LINEAR: &str = "all-linear";
 
@@ -55,15 +71,45 @@ impl Lora {
         self.alpha / if self.rslora { rank.sqrt() } else { rank }
     }
 
-    /// The targets by their own names, sorted.
-    pub fn targets(&self) -> Vec<&str> {
-        let all_linear = self.target_modules.iter().any(|t| t == ALL_LINEAR);
-        let named = |t: &str| self.target_modules.iter().any(|own| own == t);
-        let mut targets: Vec<_> =
-            TARGETS.into_iter().filter(|t| named(t) || (all_linear && *t != "lm_head")).collect();
-        targets.sort_unstable();
-        targets
+    /// The targets by the names of this architecture's own layers, sorted.
+    pub fn targets(&self, architecture: Architecture) -> Result<Vec<&'static str>, NoTarget> {
+        let layers = layers_of(architecture);
+        let mut targets = BTreeSet::new();
+        for target in &self.target_modules {
+            if target == ALL_LINEAR {
+                targets.extend(layers.iter().filter(|layer| **layer != HEAD));
+                continue;
+            }
+            let own = names::holder(architecture, target);
+            let Some(layer) = layers.iter().find(|layer| **layer == own) else {
+                return Err(NoTarget { target: target.clone(), architecture });
+            };
+            targets.insert(*layer);
+        }
+        Ok(targets.into_iter().collect())
     }
+}
+
+/// A target that the base has no layer for.
+#[derive(Debug, thiserror::Error)]
+#[error("`{target}` is no linear layer of {}", architecture.model_type())]
+pub struct NoTarget {
+    pub target: String,
+    pub architecture: Architecture,
+}
+
+impl NoTarget {
+    /// What can be a target instead.
+    pub fn hint(&self) -> String {
+        let layers = layers_of(self.architecture).join(", ");
+        format!("set `target_modules` to one or more of {layers}, or `{ALL_LINEAR}`")
+    }
+}
+
+/// In the order of the forward pass.
+fn layers_of(architecture: Architecture) -> Vec<&'static str> {
+    let layers = names::linears(architecture).iter().map(|part| names::module(part));
+    layers.chain([HEAD]).collect()
 }
 
 impl Step for Lora {
@@ -133,11 +179,17 @@ impl Step for Lora {
             });
         }
         let base = inputs.get("base").and_then(|base| base.first());
-        match base.and_then(|base| base.facts.architecture.as_deref()) {
-            Some(architecture) => {
-                crate::architecture_is_built(architecture, checkpoint::ARCHITECTURES)
-            }
-            None => Ok(()),
+        let Some(found) = base.and_then(|base| base.facts.architecture.as_deref()) else {
+            return Ok(());
+        };
+        crate::architecture_is_built(found, checkpoint::ARCHITECTURES)?;
+        let targets = Architecture::of(found).map(|architecture| self.targets(architecture));
+        match targets.transpose() {
+            Ok(_) => Ok(()),
+            Err(NoTarget { target, architecture }) => Err(Unsupported {
+                what: format!("an adapter on `{target}` of {found}"),
+                built: checkpoint::are(&layers_of(architecture)),
+            }),
         }
     }
 }
@@ -210,6 +262,7 @@ fn defaults(preset: Preset) -> Value {
 mod tests {
     use super::*;
     use step::StepDef;
+    use step::definition::KnownInput;
 
     const DEF: StepDef = StepDef::of::<Lora>();
 
@@ -252,14 +305,45 @@ mod tests {
 
     #[test]
     fn targets_are_sorted_and_all_linear_leaves_the_head_alone() {
-        let targets = |modules: Value| {
+        use Architecture::{Llama, Phi3};
+        let attention = json!(["q_proj", "k_proj", "v_proj", "o_proj"]);
+        let all = "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj";
+        let fused = "down_proj gate_up_proj o_proj qkv_proj";
+        let no_qkv = "`qkv_proj` is no linear layer of llama";
+        for (architecture, modules, targets) in [
+            (Llama, json!(["v_proj", "q_proj", "q_proj"]), Ok("q_proj v_proj")),
+            (Llama, json!(["all-linear"]), Ok(all)),
+            (Llama, json!(["lm_head", "q_proj"]), Ok("lm_head q_proj")),
+            (Llama, json!(["qkv_proj"]), Err(no_qkv)),
+            (Phi3, json!(["q_proj", "v_proj"]), Ok("qkv_proj")),
+            (Phi3, attention, Ok("o_proj qkv_proj")),
+            (Phi3, json!(["up_proj", "lm_head"]), Ok("gate_up_proj lm_head")),
+            (Phi3, json!(["all-linear"]), Ok(fused)),
+            (Phi3, json!(["gate_up_proj", "qkv_proj", "o_proj", "down_proj"]), Ok(fused)),
+        ] {
             let params = resolve(json!({"target_modules": modules})).unwrap();
-            let lora = Lora::deserialize(&params).unwrap();
-            lora.targets().into_iter().map(String::from).collect::<Vec<_>>()
+            let found = Lora::deserialize(&params).unwrap().targets(architecture);
+            let found = found.map(|all| all.join(" ")).map_err(|none| none.to_string());
+            assert_eq!(found.as_deref().map_err(|none| none.as_str()), targets, "{modules}");
+        }
+    }
+
+    #[test]
+    fn a_layer_that_the_base_does_not_have_is_refused_before_training() {
+        let refused = |architecture: &str, target: &str| {
+            let params = resolve(json!({"target_modules": target})).unwrap();
+            let facts =
+                step::Facts { architecture: Some(architecture.into()), ..Default::default() };
+            let base = KnownInput { label: String::new(), kind: Kind::Model, facts };
+            let known = Known::from([("base".to_string(), vec![base])]);
+            (DEF.supports)(&params, &known).map_err(|refused| refused.to_string())
         };
-        assert_eq!(targets(json!(["v_proj", "q_proj", "q_proj"])), ["q_proj", "v_proj"]);
-        assert_eq!(targets(json!(["all-linear"])).len(), 7);
-        assert_eq!(targets(json!(["all-linear", "lm_head"])).len(), 8);
+        assert_eq!(refused("phi3", "q_proj"), Ok(()));
+        assert_eq!(
+            refused("mistral", "gate_up_proj").unwrap_err(),
+            "an adapter on `gate_up_proj` of mistral is not built yet: q_proj, k_proj, v_proj, \
+             o_proj, gate_proj, up_proj, down_proj and lm_head are"
+        );
     }
 
     #[test]

@@ -29,8 +29,11 @@ pub fn pretrain(config: &Config, training: &Training) -> Memory {
 
 /// The base is held in what is computed in, the adapter in float32.
 pub fn lora(config: &Config, lora: &Lora) -> Memory {
-    let adapted = lora.targets().into_iter().map(|target| {
-        let part = names::LINEARS.into_iter().find(|part| part.ends_with(target));
+    // A target that the base does not have is refused elsewhere.
+    let targets = lora.targets(config.architecture).unwrap_or_default();
+    let adapted = targets.into_iter().map(|target| {
+        let mut parts = names::linears(config.architecture).iter();
+        let part = parts.find(|part| names::module(part) == target);
         match part.and_then(|part| names::linear_shape(config, part)) {
             Some([rows, columns]) => config.num_layers * (rows + columns),
             // The head.
@@ -63,6 +66,9 @@ fn activations(config: &Config, training: &Training, width: u64) -> u64 {
     // The residual stream and its norm twice; q, k, v, what attention gives and its copy in the
     // order of rows; gate, its SiLU, up, and their product.
     let layer = 4 * hidden + 3 * queries + 2 * keys + 4 * config.intermediate_size;
+    // Values that are part of one matrix's product keep all of it.
+    let fused = names::holder(config.architecture, "v_proj") != "v_proj";
+    let layer = layer + if fused { queries + keys } else { 0 };
     // Norms in 16 bits keep two copies in float32, each of two norms.
     let norms = if width < 4 { 4 * 4 * hidden } else { 0 };
     let layers = config.num_layers as u64 * (width * layer as u64 + norms as u64);

@@ -129,6 +129,7 @@ impl Pretrain {
             rms_norm_eps: self.rms_norm_eps,
             rope_theta: self.rope_theta,
             rope_scaling: None,
+            rotary_dim: self.head_dim,
             rope_theta_near: None,
             query_scale: self.head_dim,
             qkv_bias: false,

@@ -466,6 +466,53 @@ mod tests {
         }
     }
 
+    /// What the `make.py` of `train` had PEFT merge, of each architecture.
+    #[test]
+    fn merges_are_those_of_peft() {
+        for architecture in ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "phi3-short"] {
+            let golden = Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join("../train/src/worker/golden")
+                .join(architecture);
+            let dir = tempfile::tempdir().unwrap();
+            let [base, adapter] = ["base", "adapter"].map(|name| dir.path().join(name));
+            std::fs::create_dir_all(&base).unwrap();
+            std::fs::create_dir_all(&adapter).unwrap();
+            for file in ["config.json", "model.safetensors"] {
+                std::fs::copy(golden.join(file), base.join(file)).unwrap();
+            }
+            let config = r#"{"peft_type":"LORA","r":3,"lora_alpha":6}"#;
+            std::fs::write(adapter.join("adapter_config.json"), config).unwrap();
+            let trained = Weights::open_file(&golden.join("expected.safetensors")).unwrap();
+            let tensors = trained.names().filter_map(|name| {
+                let ours = format!("base_model.model.{}", name.strip_prefix("adapter.")?);
+                Some((ours, trained.get(name).unwrap()))
+            });
+            let tensors: BTreeMap<String, TensorRef> = tensors.collect();
+            let specs = tensors.iter().map(|(n, t)| Spec::new(n, Dtype::F32, &t.shape)).collect();
+            let mut writer =
+                Writer::create(&adapter.join("adapter_model.safetensors"), specs).unwrap();
+            for spec in writer.order() {
+                writer.write(&spec.name, tensors[&spec.name].data).unwrap();
+            }
+            writer.finish().unwrap();
+
+            merged(dir.path(), 1).unwrap();
+            let ours = Weights::open(&dir.path().join("out1")).unwrap();
+            let theirs = Weights::open_file(&golden.join("merged.safetensors")).unwrap();
+            assert_eq!(theirs.names().count(), tensors.len() / 2);
+            for name in theirs.names() {
+                let [ours, theirs] =
+                    [&ours, &theirs].map(|all| all.get(name).unwrap().to_f32().unwrap());
+                assert_eq!(ours.len(), theirs.len());
+                // Sums in another order may round to the neighbour.
+                let near = |(a, b): (&f32, &f32)| (a - b).abs() <= b.abs() / 128.0;
+                assert!(ours.iter().zip(&theirs).all(near), "{architecture}: {name}");
+                let other = ours.iter().zip(&theirs).filter(|(a, b)| a != b).count();
+                assert!(other * 1000 <= ours.len(), "{architecture}: {name}: {other} differ");
+            }
+        }
+    }
+
     #[test]
     fn what_cannot_be_merged_is_refused_by_name() {
         for (config, b, message) in [

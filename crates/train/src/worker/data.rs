@@ -194,6 +194,7 @@ impl Rows {
         };
         let height = if packed { 1 } else { rows.len() };
         let mut ids = vec![0_i64; height * length];
+        let mut lengths = vec![0_i64; height * length];
         let (mut predicting, mut targets, mut weights) = (Vec::new(), Vec::new(), Vec::new());
         let mut start = 0;
         for row in &rows {
@@ -206,10 +207,15 @@ impl Rows {
                     weights.push(weight as f32);
                 }
             }
-            start += if packed { row.positions() } else { length };
+            let width = if packed { row.positions() } else { length };
+            lengths[start..start + width].fill(row.ids.len() as i64);
+            start += width;
         }
         Batch {
             ids: Tensor::from_slice(&ids).view([height as i64, length as i64]).to_device(device),
+            lengths: Tensor::from_slice(&lengths)
+                .view([height as i64, length as i64])
+                .to_device(device),
             packed: packed.then(|| blocks(&rows, device)),
             predicting: Tensor::from_slice(&predicting).to_device(device),
             targets: Tensor::from_slice(&targets).to_device(device),

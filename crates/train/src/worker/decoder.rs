@@ -1,16 +1,19 @@
 //! A pre-norm decoder as a module that can be trained, one forward pass: Llama (Touvron et al.,
-//! 2023), what differs from it by biases, norms of heads and windows (Mistral, Qwen2, Qwen3), and
-//! Gemma 3's text.
+//! 2023), what differs from it by biases, norms of heads and windows (Mistral, Qwen2, Qwen3), by
+//! fused matrices and positions on a part of a head (Phi-3), and Gemma 3's text.
 //!
 //! The order of operations, and so of roundings, is that of transformers' modeling_llama.py,
-//! modeling_qwen2.py and modeling_qwen3.py.
+//! modeling_qwen2.py, modeling_qwen3.py and modeling_phi3.py.
 //! Knows nothing of files, batches' origins, optimisers or steps.
 //!
 //! Dimensions: B rows, T positions, C hidden size, H query heads, G key and value heads, D head
-//! size, V vocabulary, N positions that predict something.
+//! size, R dimensions of a head that its position turns, V vocabulary, N positions that predict
+//! something.
+
+use std::slice::{from_mut, from_ref};
 
 use anyhow::Result;
-use checkpoint::config::{Architecture, Config, Llama3};
+use checkpoint::config::{Architecture, Config, Llama3, RopeScaling};
 use checkpoint::names;
 use tch::{Device, Kind, Reduction, Tensor};
 
@@ -22,6 +25,8 @@ use crate::shim;
 pub struct Batch {
     /// [B, T], int64.
     pub ids: Tensor,
+    /// [B, T], int64: of how many tokens the row is that each position is in.
+    pub lengths: Tensor,
     /// Of rows that are packed end to end; without it rows start at 0 and attend causally.
     pub packed: Option<Packed>,
     /// [N], int64: which of the B·T positions predict.
@@ -184,11 +189,11 @@ impl Decoder {
         all.insert(names::EMBED.to_string(), self.embedding.shallow_clone());
         all.insert(names::NORM.to_string(), self.norm.weight.shallow_clone());
         for (i, layer) in self.layers.iter().enumerate() {
-            for linear in layer.linears() {
-                all.insert(linear.name.clone(), linear.weight.dense()?);
+            let parts = names::linears(self.config.architecture);
+            for (part, linear) in parts.iter().zip(layer.linears()) {
+                all.insert(names::layer(i, part), linear.weight.dense()?);
                 if let Some(bias) = &linear.bias {
-                    let name = format!("{}.bias", linear.name.trim_end_matches(".weight"));
-                    all.insert(name, bias.shallow_clone());
+                    all.insert(names::bias(i, part), bias.shallow_clone());
                 }
             }
             for (head, norm) in ["q", "k"].iter().zip(layer.head_norms.iter().flatten()) {
@@ -220,12 +225,9 @@ struct Layer {
     norms: Vec<Norm>,
     /// Of queries and keys: [D] each.
     head_norms: Option<[Norm; 2]>,
-    q: Linear,
-    k: Linear,
-    v: Linear,
+    qkv: Joint<3>,
     o: Linear,
-    gate: Linear,
-    up: Linear,
+    gate_up: Joint<2>,
     down: Linear,
 }
 
@@ -236,14 +238,30 @@ impl Layer {
             let bias = names::has_bias(config, part).then(|| take(&names::bias(i, part)).dense());
             anyhow::Ok(Linear { weight: take(&name), name, bias: bias.transpose()?, lora: None })
         };
+        let (qkv, gate_up) = match config.architecture {
+            Architecture::Phi3 => {
+                let [q, kv] = [config.num_heads, config.num_kv_heads]
+                    .map(|heads| (heads * config.head_dim) as i64);
+                let f = config.intermediate_size as i64;
+                (
+                    Joint::Fused(linear("self_attn.qkv_proj")?, [q, kv, kv]),
+                    Joint::Fused(linear("mlp.gate_up_proj")?, [f, f]),
+                )
+            }
+            _ => (
+                Joint::Apart([
+                    linear("self_attn.q_proj")?,
+                    linear("self_attn.k_proj")?,
+                    linear("self_attn.v_proj")?,
+                ]),
+                Joint::Apart([linear("mlp.gate_proj")?, linear("mlp.up_proj")?]),
+            ),
+        };
         Ok(Self {
             window: config.windows[i],
-            q: linear("self_attn.q_proj")?,
-            k: linear("self_attn.k_proj")?,
-            v: linear("self_attn.v_proj")?,
+            qkv,
             o: linear("self_attn.o_proj")?,
-            gate: linear("mlp.gate_proj")?,
-            up: linear("mlp.up_proj")?,
+            gate_up,
             down: linear("mlp.down_proj")?,
             head_norms: match config.qk_norm {
                 true => Some([
@@ -279,8 +297,8 @@ impl Layer {
         };
 
         let y = self.norms[0].forward(x, compute);
-        let turned = |linear: &Linear, norm: Option<&Norm>| {
-            let x = linear.forward(&y, dropout);
+        let [q, k, v] = self.qkv.forward(&y, dropout);
+        let turned = |x: Tensor, norm: Option<&Norm>| {
             let Some(norm) = norm else { return rotary.turn(&x) };
             let heads = norm.forward(&x.reshape([-1, d]), compute);
             rotary.turn(&heads.view_as(&x))
@@ -289,8 +307,7 @@ impl Layer {
             Some([q, k]) => [Some(q), Some(k)],
             None => [None, None],
         };
-        let (q, k) = (turned(&self.q, q_norm), turned(&self.k, k_norm));
-        let v = rotary.heads(&self.v.forward(&y, dropout));
+        let (q, k, v) = (turned(q, q_norm), turned(k, k_norm), rotary.heads(&v, d));
         let mask = masks.of(self.window);
         let causal = mask.is_none();
         // Libtorch's own where it is the same: it need not be the same bits.
@@ -301,19 +318,56 @@ impl Layer {
         let x = x + after(self.o.forward(&y, dropout), 1);
 
         let y = self.norms[if gemma { 2 } else { 1 }].forward(&x, compute);
-        let gate = self.gate.forward(&y, dropout);
+        let [gate, up] = self.gate_up.forward(&y, dropout);
         let gate = if gemma { gate.gelu("tanh") } else { gate.silu() };
-        let y = gate * self.up.forward(&y, dropout);
+        let y = gate * up;
         x + after(self.down.forward(&y, dropout), 3)
     }
 
-    fn linears(&self) -> [&Linear; 7] {
-        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
+    /// As [`names::linears`] names them.
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let Self { qkv, o, gate_up, down, .. } = self;
+        [qkv.matrices(), from_ref(o), gate_up.matrices(), from_ref(down)].into_iter().flatten()
     }
 
-    fn linears_mut(&mut self) -> [&mut Linear; 7] {
-        let Self { q, k, v, o, gate, up, down, .. } = self;
-        [q, k, v, o, gate, up, down]
+    fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        let Self { qkv, o, gate_up, down, .. } = self;
+        [qkv.matrices_mut(), from_mut(o), gate_up.matrices_mut(), from_mut(down)]
+            .into_iter()
+            .flatten()
+    }
+}
+
+/// Layers of one input: a matrix each, or one that holds the rows of all, so many of each.
+enum Joint<const PARTS: usize> {
+    Apart([Linear; PARTS]),
+    Fused(Linear, [i64; PARTS]),
+}
+
+impl<const PARTS: usize> Joint<PARTS> {
+    /// [N, in] → [N, out] each.
+    fn forward(&self, x: &Tensor, dropout: bool) -> [Tensor; PARTS] {
+        match self {
+            Joint::Apart(all) => all.each_ref().map(|linear| linear.forward(x, dropout)),
+            Joint::Fused(linear, widths) => {
+                let parts = linear.forward(x, dropout).split_with_sizes(widths, 1);
+                parts.try_into().expect("a part for each width")
+            }
+        }
+    }
+
+    fn matrices(&self) -> &[Linear] {
+        match self {
+            Joint::Apart(all) => all,
+            Joint::Fused(one, _) => from_ref(one),
+        }
+    }
+
+    fn matrices_mut(&mut self) -> &mut [Linear] {
+        match self {
+            Joint::Apart(all) => all,
+            Joint::Fused(one, _) => from_mut(one),
+        }
     }
 }
 
@@ -409,66 +463,104 @@ fn stretched(frequencies: &Tensor, scaling: &Llama3) -> Tensor {
     long.where_self(&waves.gt(original / low), &kept)
 }
 
-/// Rotary positions (Su et al., 2021): the two halves of a head turn against each other.
+/// Rotary positions (Su et al., 2021): the two halves of what turns of a head turn against each
+/// other.
 struct Rotary {
-    /// [T, D]
+    /// [T, R], or [B·T, R] where rows of one batch turn by different angles.
     cos: Tensor,
     sin: Tensor,
+    /// D
+    head_dim: i64,
+    /// T
+    length: i64,
+    /// LongRope's: the table begins with so many rows for rows that are no longer than that.
+    short: Option<i64>,
 }
 
 impl Rotary {
     fn new(config: &Config, theta: f64, device: Device) -> Self {
-        let d = config.head_dim as i64;
-        let exponents = Tensor::arange_start_step(0, d, 2, (Kind::Int64, device));
-        let exponents = exponents.to_kind(Kind::Float) / d as f64;
-        let frequencies = Tensor::pow_scalar(theta, &exponents).reciprocal();
-        let frequencies = match &config.rope_scaling {
-            Some(scaling) => stretched(&frequencies, scaling),
-            None => frequencies,
+        let r = config.rotary_dim as i64;
+        let exponents = Tensor::arange_start_step(0, r, 2, (Kind::Int64, device));
+        let exponents = exponents.to_kind(Kind::Float) / r as f64;
+        let wavelengths = Tensor::pow_scalar(theta, &exponents);
+        let angles = |frequencies: &Tensor, positions: usize| {
+            let positions = Tensor::arange(positions as i64, (Kind::Float, device));
+            positions.outer(frequencies)
         };
-        let positions = Tensor::arange(config.max_positions as i64, (Kind::Float, device));
-        let angles = positions.outer(&frequencies);
+        let (mut short, mut factor) = (None, 1.0);
+        let angles = match &config.rope_scaling {
+            None => angles(&wavelengths.reciprocal(), config.max_positions),
+            Some(RopeScaling::Llama3(scaling)) => {
+                angles(&stretched(&wavelengths.reciprocal(), scaling), config.max_positions)
+            }
+            Some(RopeScaling::LongRope(scaling)) => {
+                (short, factor) =
+                    (Some(scaling.original_max_positions as i64), scaling.attention_factor);
+                let [near, far] = [&scaling.short_factor, &scaling.long_factor].map(|factors| {
+                    let factors = Tensor::from_slice(factors).to_kind(Kind::Float);
+                    (factors.to_device(device) * &wavelengths).reciprocal()
+                });
+                let near = angles(&near, scaling.original_max_positions);
+                Tensor::cat(&[near, angles(&far, config.max_positions)], 0)
+            }
+        };
         let angles = Tensor::cat(&[&angles, &angles], -1);
-        Self { cos: angles.cos(), sin: angles.sin() }
+        let [mut cos, mut sin] = [angles.cos(), angles.sin()];
+        if factor != 1.0 {
+            (cos, sin) = (cos * factor, sin * factor);
+        }
+        Self { head_dim: config.head_dim as i64, length: cos.size()[0], cos, sin, short }
     }
 
     /// Of the positions of a batch.
+    ///
+    /// LongRope's factors are chosen by the length of each row, as transformers does with a row
+    /// alone, whatever other rows stand beside it.
     fn of(&self, batch: &Batch, kind: Kind) -> Self {
-        let of = match &batch.packed {
-            Some(packed) => self.at(&packed.positions),
-            None => self.first(batch.ids.size()[1]),
+        let length = batch.ids.size()[1];
+        let own = batch.packed.as_ref().map(|packed| packed.positions.shallow_clone());
+        let table = |table: &Tensor| match (self.short, &own) {
+            (None, None) => table.narrow(0, 0, length),
+            (None, Some(positions)) => table.index_select(0, positions),
+            (Some(short), _) => {
+                let all = || Tensor::arange(length, (Kind::Int64, batch.ids.device()));
+                let positions = own.as_ref().map_or_else(all, Tensor::shallow_clone);
+                let begin = batch.lengths.gt(short).to_kind(Kind::Int64) * short; // [B, T]
+                table.index_select(0, &(begin + positions).flatten(0, 1))
+            }
         };
-        of.to_kind(kind)
+        let [cos, sin] = [&self.cos, &self.sin].map(|all| table(all).to_kind(kind));
+        Self { cos, sin, length, ..*self }
     }
 
-    /// Of positions 0..t.
-    fn first(&self, t: i64) -> Self {
-        Self { cos: self.cos.narrow(0, 0, t), sin: self.sin.narrow(0, 0, t) }
-    }
-
-    fn at(&self, positions: &Tensor) -> Self {
-        Self { cos: self.cos.index_select(0, positions), sin: self.sin.index_select(0, positions) }
-    }
-
-    fn to_kind(&self, kind: Kind) -> Self {
-        Self { cos: self.cos.to_kind(kind), sin: self.sin.to_kind(kind) }
-    }
-
-    /// [B·T, n·D] → [B, n, T, D]
-    fn heads(&self, x: &Tensor) -> Tensor {
-        let (t, d) = (self.cos.size()[0], self.cos.size()[1]);
-        x.view([-1, t, x.size()[1] / d, d]).transpose(1, 2)
+    /// [B·T, n·size] → [B, n, T, size]
+    fn heads(&self, x: &Tensor, size: i64) -> Tensor {
+        x.view([-1, self.length, x.size()[1] / size, size]).transpose(1, 2)
     }
 
     /// [B·T, n·D] → [B, n, T, D], turned by its position.
     fn turn(&self, x: &Tensor) -> Tensor {
-        if fused::takes(x) {
-            return self.heads(&fused::rotate(x, &self.cos, &self.sin));
+        let (d, r) = (self.head_dim, self.cos.size()[1]);
+        if r == d {
+            return self.turn_whole(x);
         }
-        let x = self.heads(x);
-        let half = x.size()[3] / 2;
+        let heads = x.view([x.size()[0], -1, d]);
+        let [turning, rest] = [(0, r), (r, d - r)]
+            .map(|(from, size)| heads.narrow(2, from, size).reshape([x.size()[0], -1]));
+        Tensor::cat(&[self.turn_whole(&turning), self.heads(&rest, d - r)], 3)
+    }
+
+    /// [B·T, n·R] → [B, n, T, R]
+    fn turn_whole(&self, x: &Tensor) -> Tensor {
+        let r = self.cos.size()[1];
+        if fused::takes(x) {
+            return self.heads(&fused::rotate(x, &self.cos, &self.sin), r);
+        }
+        let x = self.heads(x, r);
+        let half = r / 2;
         let turned = Tensor::cat(&[-x.narrow(3, half, half), x.narrow(3, 0, half)], 3);
-        x * &self.cos + turned * &self.sin
+        let [cos, sin] = [&self.cos, &self.sin].map(|table| table.view([-1, 1, self.length, r]));
+        x * cos + turned * sin
     }
 }
 

@@ -3,6 +3,7 @@
 //! Knows nothing of the model around it.
 
 use anyhow::Result;
+use checkpoint::names;
 use tch::{Kind, Tensor};
 
 use crate::blockwise::Nf4;
@@ -63,8 +64,7 @@ impl Weight {
 impl Linear {
     /// `q_proj`, `lm_head`: what PEFT calls it as a target.
     pub fn module(&self) -> &str {
-        let name = self.name.trim_end_matches(".weight");
-        name.rsplit('.').next().unwrap_or(name)
+        names::module(self.name.trim_end_matches(".weight"))
     }
 
     /// [N, in] → [N, out], in the kind of `x`. `dropout` is on while training.

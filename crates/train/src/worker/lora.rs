@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use checkpoint::config::Config;
+use checkpoint::config::{Architecture, Config};
 use checkpoint::names;
 use checkpoint::weights::{Dtype, Weights};
 use serde_json::{Value, json};
@@ -30,6 +30,7 @@ pub fn run(job: &Job) -> Result<()> {
     let training = params.training();
     let base = job.input("base")?;
     let config = Config::read(&base.path).map_err(Failure::from)?;
+    let targets = targets(&params, config.architecture)?;
     let data = Dataset::open(job, base, config.vocab_size, config.max_positions)?;
     let place = device::prepare(job, &training, config.parameters())?;
 
@@ -46,10 +47,11 @@ pub fn run(job: &Job) -> Result<()> {
 
     let base = base_name(&base.path);
     tensor::write(&job.out().join("adapter_model.safetensors"), Dtype::F32, &adapter)?;
-    let config = serde_json::to_string_pretty(&peft_config(&params, base.as_deref()))? + "\n";
+    let config =
+        serde_json::to_string_pretty(&peft_config(&params, &targets, base.as_deref()))? + "\n";
     for (name, text) in [
         ("adapter_config.json", config),
-        ("README.md", card(&params, base.as_deref(), &data, outcome)),
+        ("README.md", card(&params, &targets, base.as_deref(), &data, outcome)),
     ] {
         let path = job.out().join(name);
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
@@ -73,9 +75,13 @@ fn frozen(base: &Input, config: Config, bits: u8, place: Place) -> Result<Decode
     })
 }
 
+fn targets(params: &Lora, architecture: Architecture) -> Result<Vec<&'static str>, Failure> {
+    params.targets(architecture).map_err(|none| Failure::input(none.to_string()).hint(none.hint()))
+}
+
 /// Gives every target an adapter that does nothing yet: A random, B zero, as PEFT begins.
 pub fn attach(model: &mut Decoder, params: &Lora, device: Device) -> Result<()> {
-    let targets = params.targets();
+    let targets = targets(params, model.config.architecture)?;
     if model.config.tied && targets.contains(&"lm_head") {
         return Err(Failure::input(
             "`lm_head` cannot be a target: the model's head is its embedding",
@@ -119,7 +125,7 @@ fn adapter(model: &mut Decoder) -> BTreeMap<String, Tensor> {
 }
 
 /// adapter_config.json. PEFT writes `target_modules` in the order of a set: ours are sorted.
-fn peft_config(params: &Lora, base: Option<&str>) -> Value {
+fn peft_config(params: &Lora, targets: &[&str], base: Option<&str>) -> Value {
     json!({
         "alpha_pattern": {},
         "base_model_name_or_path": base,
@@ -135,7 +141,7 @@ fn peft_config(params: &Lora, base: Option<&str>) -> Value {
         "r": params.rank,
         "rank_pattern": {},
         "revision": null,
-        "target_modules": params.targets(),
+        "target_modules": targets,
         "task_type": "CAUSAL_LM",
         "use_dora": false,
         "use_rslora": params.rslora,
@@ -151,7 +157,13 @@ fn base_name(base: &Path) -> Option<String> {
 }
 
 /// The model card: how the adapter came to be, in nothing that changes from run to run.
-fn card(params: &Lora, base: Option<&str>, data: &Dataset, outcome: Outcome) -> String {
+fn card(
+    params: &Lora,
+    targets: &[&str],
+    base: Option<&str>,
+    data: &Dataset,
+    outcome: Outcome,
+) -> String {
     let mut out = String::from("---\n");
     if let Some(base) = base {
         _ = write!(out, "base_model: {base}\nbase_model_relation: adapter\n");
@@ -162,7 +174,7 @@ fn card(params: &Lora, base: Option<&str>, data: &Dataset, outcome: Outcome) -> 
     for (name, value) in [
         ("rank, alpha", format!("{}, {}", params.rank, params.alpha)),
         ("dropout", params.dropout.to_string()),
-        ("target modules", params.targets().join(", ")),
+        ("target modules", targets.join(", ")),
         ("learning rate", params.learning_rate.to_string()),
         ("epochs", params.epochs.to_string()),
         ("optimiser steps", outcome.steps.to_string()),

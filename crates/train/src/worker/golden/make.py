@@ -1,21 +1,24 @@
 """Tiny random models of each architecture, and what transformers and PEFT compute with them.
 
-Makes the folders beside it, which the worker's tests read:
-    python3 make.py        (torch 2.11, transformers 5.23, peft 0.21, safetensors)
+Makes the folders beside it, which the tests of this worker and of merge's read, or those that are named:
+    python3 make.py [NAME ...]        (torch 2.11, transformers 5.23, peft 0.21, safetensors)
 
 Shapes are odd on purpose: heads that are not hidden / heads wide, windows shorter than the rows,
-positions beyond where the rotary scaling begins.
+positions beyond where the rotary scaling begins, and of Phi-3 before it too.
 """
 
+import copy
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
-    AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config,
+    AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config,
+    Qwen3Config,
 )
 
 HERE = Path(__file__).parent
@@ -23,6 +26,10 @@ COMMON = dict(
     vocab_size=48, hidden_size=24, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=64, bos_token_id=None, eos_token_id=0, pad_token_id=None,
 )
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.25, 1.5], "long_factor": [1.5, 3.0, 4.5],
+}
 MODELS = {
     "llama": LlamaConfig(
         **COMMON, num_hidden_layers=2, head_dim=8, attention_bias=True, tie_word_embeddings=False,
@@ -47,6 +54,15 @@ MODELS = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
         },
     ),
+    # transformers holds longrope's factors to hidden / heads: 8, of which 6 turn.
+    "phi3": Phi3Config(
+        **COMMON | {"hidden_size": 32}, num_hidden_layers=2, sliding_window=7, tie_word_embeddings=False,
+        original_max_position_embeddings=16, rope_parameters=dict(LONGROPE),
+    ),
+    "phi3-short": Phi3Config(
+        **COMMON | {"hidden_size": 32}, num_hidden_layers=1, tie_word_embeddings=True,
+        original_max_position_embeddings=23, rope_parameters=LONGROPE | {"attention_factor": 1.3},
+    ),
 }
 
 
@@ -58,7 +74,8 @@ def randomise(model):
         torch.nn.init.normal_(weight, shift, scale)
 
 
-for name, config in MODELS.items():
+for name in sys.argv[1:] or MODELS:
+    config = MODELS[name]
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     randomise(model)
@@ -75,6 +92,10 @@ for name, config in MODELS.items():
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for weight in trained.values():
         torch.nn.init.normal_(weight, 0.0, 0.2)
+    # For the tests of merge/lora.
+    merged = copy.deepcopy(model).merge_and_unload().state_dict()
+    merged = {n: w.bfloat16() for n, w in merged.items() if n.startswith("model.layers.") and w.dim() == 2}
+    save_file(merged, folder / "merged.safetensors")
     loss = model(ids, labels=ids).loss
     loss.backward()
     tensors = {"ids": ids, "logits": logits, "loss": loss.detach().reshape(1)}
