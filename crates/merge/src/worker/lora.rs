@@ -389,7 +389,8 @@ mod tests {
     #[test]
     fn merges_are_those_of_peft() {
         let crates = Path::new(env!("CARGO_MANIFEST_DIR"));
-        for architecture in ["llama", "mistral", "qwen2", "qwen3", "gemma3"] {
+        for architecture in ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3"] {
+            let matrices = if architecture == "phi3" { 4 } else { 7 };
             let golden = crates.join("tests/golden").join(architecture);
             let theirs = Weights::open_file(&golden.join("merged.safetensors")).unwrap();
             let base = crates.join("../train/src/worker/golden").join(architecture);
@@ -417,7 +418,7 @@ mod tests {
                     assert!(off <= 5e-7 * largest, "{architecture}: {tensor} is off by {off}");
                     compared += 1;
                 }
-                assert_eq!(compared, if name == "both" { 7 } else { 1 });
+                assert_eq!(compared, if name == "both" { matrices } else { 1 });
                 let report = std::fs::read_to_string(dir.path().join("report1/report.md")).unwrap();
                 let row = if name == "both" { "| second | -0.4 |" } else { "| 1 |" };
                 assert!(report.contains(row), "{report}");
@@ -462,53 +463,6 @@ mod tests {
                 }
                 let want = bf16::from_f32(w[o * 8 + i] + sum * 2.0).to_f32();
                 assert_eq!(*got, want);
-            }
-        }
-    }
-
-    /// What the `make.py` of `train` had PEFT merge, of each architecture.
-    #[test]
-    fn merges_are_those_of_peft() {
-        for architecture in ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "phi3-short"] {
-            let golden = Path::new(env!("CARGO_MANIFEST_DIR"))
-                .join("../train/src/worker/golden")
-                .join(architecture);
-            let dir = tempfile::tempdir().unwrap();
-            let [base, adapter] = ["base", "adapter"].map(|name| dir.path().join(name));
-            std::fs::create_dir_all(&base).unwrap();
-            std::fs::create_dir_all(&adapter).unwrap();
-            for file in ["config.json", "model.safetensors"] {
-                std::fs::copy(golden.join(file), base.join(file)).unwrap();
-            }
-            let config = r#"{"peft_type":"LORA","r":3,"lora_alpha":6}"#;
-            std::fs::write(adapter.join("adapter_config.json"), config).unwrap();
-            let trained = Weights::open_file(&golden.join("expected.safetensors")).unwrap();
-            let tensors = trained.names().filter_map(|name| {
-                let ours = format!("base_model.model.{}", name.strip_prefix("adapter.")?);
-                Some((ours, trained.get(name).unwrap()))
-            });
-            let tensors: BTreeMap<String, TensorRef> = tensors.collect();
-            let specs = tensors.iter().map(|(n, t)| Spec::new(n, Dtype::F32, &t.shape)).collect();
-            let mut writer =
-                Writer::create(&adapter.join("adapter_model.safetensors"), specs).unwrap();
-            for spec in writer.order() {
-                writer.write(&spec.name, tensors[&spec.name].data).unwrap();
-            }
-            writer.finish().unwrap();
-
-            merged(dir.path(), 1).unwrap();
-            let ours = Weights::open(&dir.path().join("out1")).unwrap();
-            let theirs = Weights::open_file(&golden.join("merged.safetensors")).unwrap();
-            assert_eq!(theirs.names().count(), tensors.len() / 2);
-            for name in theirs.names() {
-                let [ours, theirs] =
-                    [&ours, &theirs].map(|all| all.get(name).unwrap().to_f32().unwrap());
-                assert_eq!(ours.len(), theirs.len());
-                // Sums in another order may round to the neighbour.
-                let near = |(a, b): (&f32, &f32)| (a - b).abs() <= b.abs() / 128.0;
-                assert!(ours.iter().zip(&theirs).all(near), "{architecture}: {name}");
-                let other = ours.iter().zip(&theirs).filter(|(a, b)| a != b).count();
-                assert!(other * 1000 <= ours.len(), "{architecture}: {name}: {other} differ");
             }
         }
     }

@@ -1,13 +1,15 @@
 """Two adapters for each tiny model of the train family's golden folder, and what PEFT merges of them.
 
-Makes the folders beside it, which the tests of checkpoint, merge and adapter read:
-    python3 make.py        (torch 2.11, transformers 5.23, peft 0.21, safetensors)
+Makes the folders beside it, which the tests of checkpoint, merge and adapter read,
+or those that are named:
+    python3 make.py [NAME ...]        (torch 2.11, transformers 5.23, peft 0.21, safetensors)
 
 `first` is that folder's own adapter; `second` has ranks and alphas by pattern, and rsLoRA. Of the
 merged weights only the last block is kept: files stay small, and names and shapes are those of all.
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -24,12 +26,12 @@ def first():
     return LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def second(last):
+def second(queries, values, last):
     return LoraConfig(
-        r=2, lora_alpha=5, use_rslora=True, target_modules=["q_proj", "v_proj", "down_proj"],
-        rank_pattern={"down_proj": 4, f"^model.layers.{last}.self_attn.q_proj": 1},
+        r=2, lora_alpha=5, use_rslora=True, target_modules=sorted({queries, values, "down_proj"}),
+        rank_pattern={"down_proj": 4, f"^model.layers.{last}.self_attn.{queries}": 1},
         # The first key that fits is taken: the second is for the other blocks.
-        alpha_pattern={f"layers.{last}.self_attn.v_proj": 7, "self_attn.v_proj": 3.5},
+        alpha_pattern={f"layers.{last}.self_attn.{values}": 7, f"self_attn.{values}": 3.5},
         task_type="CAUSAL_LM",
     )
 
@@ -38,7 +40,7 @@ def base(name):
     return AutoModelForCausalLM.from_pretrained(BASES / name, dtype=torch.float32)
 
 
-def merged(name, adapter, last):
+def merged(name, adapter, queries, last):
     """The merge of a saved adapter, or of both by their weights, into a fresh base."""
     model = PeftModel.from_pretrained(base(name), HERE / name / "first", adapter_name="first")
     model.load_adapter(HERE / name / "second", adapter_name="second")
@@ -47,17 +49,18 @@ def merged(name, adapter, last):
     model.set_adapter(adapter)
     weights = model.merge_and_unload().state_dict()
     # Files stay small: every layer of both together, queries alone of one adapter.
-    wanted = "proj.weight" if adapter == "both" else "self_attn.q_proj.weight"
+    wanted = "proj.weight" if adapter == "both" else f"self_attn.{queries}.weight"
     layer = f"model.layers.{last}."
     return {n: t for n, t in weights.items() if n.startswith(layer) and n.endswith(wanted)}
 
 
-for name in ["llama", "mistral", "qwen2", "qwen3", "gemma3"]:
+for name in sys.argv[1:] or ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3"]:
+    queries, values = ("qkv_proj", "qkv_proj") if name == "phi3" else ("q_proj", "v_proj")
     torch.manual_seed(11)
     model = base(name)
     last = model.config.num_hidden_layers - 1
     model = get_peft_model(model, first(), adapter_name="first")
-    model.add_adapter("second", second(last))
+    model.add_adapter("second", second(queries, values, last))
     theirs = load_file(BASES / name / "expected.safetensors")
     with torch.no_grad():
         for n, p in model.named_parameters():
@@ -74,6 +77,6 @@ for name in ["llama", "mistral", "qwen2", "qwen3", "gemma3"]:
         card.unlink()
     kept = {}
     for adapter in ["first", "second", "both"]:
-        kept |= {f"{adapter}.{n}": t.contiguous() for n, t in merged(name, adapter, last).items()}
+        kept |= {f"{adapter}.{n}": t.contiguous() for n, t in merged(name, adapter, queries, last).items()}
     save_file(kept, folder / "merged.safetensors")
     print(name, [(str(f.relative_to(folder)), f.stat().st_size) for f in folder.rglob("*.*")])

@@ -1,13 +1,12 @@
 """Tiny random models of each architecture, and what transformers and PEFT compute with them.
 
-Makes the folders beside it, which the tests of this worker and of merge's read, or those that are named:
+Makes the folders beside it, which the tests of this and other workers read, or those that are named:
     python3 make.py [NAME ...]        (torch 2.11, transformers 5.23, peft 0.21, safetensors)
 
 Shapes are odd on purpose: heads that are not hidden / heads wide, windows shorter than the rows,
 positions beyond where the rotary scaling begins, and of Phi-3 before it too.
 """
 
-import copy
 import json
 import shutil
 import sys
@@ -92,10 +91,6 @@ for name in sys.argv[1:] or MODELS:
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for weight in trained.values():
         torch.nn.init.normal_(weight, 0.0, 0.2)
-    # For the tests of merge/lora.
-    merged = copy.deepcopy(model).merge_and_unload().state_dict()
-    merged = {n: w.bfloat16() for n, w in merged.items() if n.startswith("model.layers.") and w.dim() == 2}
-    save_file(merged, folder / "merged.safetensors")
     loss = model(ids, labels=ids).loss
     loss.backward()
     tensors = {"ids": ids, "logits": logits, "loss": loss.detach().reshape(1)}
