@@ -1,13 +1,6 @@
 #!/usr/bin/env bash
-# Our files in other people's readers. Makes its own Python environment in target/, once.
+# Our files in other people's readers.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-venv=target/interop-venv
-stamp="$venv/$(sha256sum tests/interop/requirements.txt | cut -c1-16)"
-if [ ! -e "$stamp" ]; then
-    rm -rf "$venv"
-    python3 -m venv "$venv"
-    "$venv/bin/pip" install --quiet --requirement tests/interop/requirements.txt
-    touch "$stamp"
-fi
-exec "$venv/bin/python" tests/interop/check.py "$@"
+python=$(bash tests/interop/venv.sh)
+exec "$python" tests/interop/check.py "$@"
