@@ -216,7 +216,8 @@ impl<'a> Bench<'a> {
             "dropout": 0,
             "target_modules": "all-linear",
             "bits": bits,
-            "learning_rate": 1e-4,
+            // Higher, one batch over and over becomes chaos, in which the last bit decides.
+            "learning_rate": 2e-5,
             "schedule": "constant",
             "warmup": 0,
             "weight_decay": 0,
@@ -345,8 +346,6 @@ struct Mark {
     done: u64,
     at: Instant,
     cpu: f64,
-    memory: f64,
-    loss: f64,
 }
 
 /// Runs one side. The inner error is what it said instead of training.
@@ -360,23 +359,24 @@ fn measure(
     let mut child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
     let stdout = child.stdout.take().expect("standard output is piped");
     let (mut first, mut last, mut said): (Option<Mark>, Option<Mark>, _) = (None, None, None);
+    let (mut memory, mut loss) = (0.0, f64::NAN);
     for line in BufReader::new(stdout).lines() {
         match serde_json::from_str::<Event>(&line?) {
             Ok(Event::Progress(progress)) => {
-                let (cpu, memory) = taken(&child)?;
-                let memory = match device {
-                    Device::Cpu => memory,
-                    // What a process has taken there it keeps: at the end it is the most.
-                    Device::Cuda if progress.done == progress.total => gpu_memory()? - before,
-                    Device::Cuda => 0.0,
-                };
-                let loss = progress.values.get("loss").copied().unwrap_or(f64::NAN);
-                let mark = Mark { done: progress.done, at: Instant::now(), cpu, memory, loss };
-                // A fifth of the steps to become warm.
-                if first.is_none() && 5 * progress.done >= progress.total {
-                    first = Some(mark);
-                } else {
+                let mark = Mark { done: progress.done, at: Instant::now(), cpu: cpu(&child)? };
+                loss = progress.values.get("loss").copied().unwrap_or(loss);
+                // It may have ended by its last line, and has no memory then.
+                if device == Device::Cpu {
+                    memory = resident(&child).unwrap_or(memory);
+                }
+                if first.is_some() {
                     last = Some(mark);
+                } else if 5 * progress.done >= progress.total {
+                    // Warm by now: what a process has taken of a GPU it keeps.
+                    first = Some(mark);
+                    if device == Device::Cuda {
+                        memory = gpu_memory()? - before;
+                    }
                 }
             }
             Ok(Event::Failed(failure)) => said = Some(failure.message),
@@ -395,25 +395,26 @@ fn measure(
     Ok(Ok(Sample {
         cpu: (last.cpu - first.cpu) / steps,
         wall: (last.at - first.at).as_secs_f64() / steps,
-        memory: last.memory,
-        loss: last.loss,
+        memory,
+        loss,
     }))
 }
 
-/// Seconds of processor time so far, and the most bytes that were resident.
-fn taken(child: &Child) -> anyhow::Result<(f64, f64)> {
-    let read = |name: &str| {
-        let path = format!("/proc/{}/{name}", child.id());
-        fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))
-    };
-    let stat = read("stat")?;
+/// Seconds of processor time that a process has taken so far.
+fn cpu(child: &Child) -> anyhow::Result<f64> {
+    let path = format!("/proc/{}/stat", child.id());
+    let stat = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
     // Fields 14 and 15 (user and system time, in hundredths), counted after the name in brackets.
     let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
     let ticks: u64 = fields.skip(11).take(2).filter_map(|f| f.parse::<u64>().ok()).sum();
-    let status = read("status")?;
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = peak.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
-    Ok((ticks as f64 / 100.0, kib.context("/proc tells no VmHWM")? * 1024.0))
+    Ok(ticks as f64 / 100.0)
+}
+
+/// The most bytes of a process that were resident, while it is alive.
+fn resident(child: &Child) -> Option<f64> {
+    let status = fs::read_to_string(format!("/proc/{}/status", child.id())).ok()?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(peak.split_whitespace().next()?.parse::<f64>().ok()? * 1024.0)
 }
 
 /// Bytes in use on the first GPU, whoever uses them: in a container processes have other numbers.
