@@ -14,6 +14,7 @@ use step::Failure;
 use crate::display::{self, Table};
 
 mod peers;
+pub mod train;
 
 use peers::{PEERS, Peer};
 

@@ -112,7 +112,7 @@ pub enum Command {
         #[command(subcommand)]
         what: New,
     },
-    /// Measure Anneal beside other build tools.
+    /// Measure Anneal beside other tools, in the same run.
     Bench {
         #[command(subcommand)]
         what: Bench,
@@ -165,6 +165,22 @@ pub enum Bench {
         /// How much input to hash.
         #[arg(long, default_value_t = 5, value_name = "GIB")]
         gib: u64,
+    },
+    /// LoRA beside transformers and PEFT: time, memory and loss of the same steps.
+    ///
+    /// Weights and tokens are random. The first run installs both into target/, with pip.
+    Train {
+        #[arg(long, value_enum, default_value_t = crate::bench::train::Device::Cpu)]
+        device: crate::bench::train::Device,
+        /// Only cases with this in their names: `demo`, `bfloat16`.
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
+        /// How often each side is run; medians are told.
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+        rounds: u64,
+        /// How many threads both may use; all there are, if not said.
+        #[arg(short = 'j', long, value_name = "N")]
+        threads: Option<usize>,
     },
 }
 

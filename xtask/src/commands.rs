@@ -35,6 +35,11 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             return build(&engine, &targets, options, json);
         }
         Command::Bench { what: Bench::Engine { gib } } => bench::engine(&root, gib)?,
+        Command::Bench { what: Bench::Train { device, only, rounds, threads } } => {
+            let all = || std::thread::available_parallelism().map_or(1, usize::from);
+            let threads = threads.unwrap_or_else(all).max(1);
+            bench::train::run(&root, &bench::train::Options { device, only, rounds, threads })?;
+        }
         Command::Schema => println!("{:#}", schema::of_recipes(REGISTRY)),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "anneal", &mut std::io::stdout());
