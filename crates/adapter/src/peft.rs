@@ -5,7 +5,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::definition::Known;
-use step::{InputDef, Kind, Needs, Step, Unsupported};
+use step::{InputDef, Kind, Needs, Refusal, Step};
 
 /// The parameters of `adapter/peft`: everything is in the adapter's own config.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -26,10 +26,10 @@ impl Step for Peft {
         Needs { threads: Some(1), ..Needs::default() }
     }
 
-    fn supports(&self, inputs: &Known) -> Result<(), Unsupported> {
+    fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
         let base = inputs.get("base").and_then(|base| base.first());
         match base.and_then(|base| base.facts.architecture.as_deref()) {
-            Some(name) if !checkpoint::ARCHITECTURES.contains(&name) => Err(Unsupported {
+            Some(name) if !checkpoint::ARCHITECTURES.contains(&name) => Err(Refusal::NotBuilt {
                 what: format!("architecture {name}"),
                 built: checkpoint::are(checkpoint::ARCHITECTURES),
             }),

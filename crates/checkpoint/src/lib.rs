@@ -5,6 +5,8 @@
 
 use std::path::Path;
 
+use serde_json::Value;
+
 #[cfg(feature = "weights")]
 pub mod adapter;
 #[cfg(feature = "chat")]
@@ -59,4 +61,17 @@ pub fn copy_companions(from: &Path, to: &Path) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// Copies config.json for weights that are now of `dtype`: `bfloat16`.
+pub fn copy_config(from: &Path, to: &Path, dtype: &str) -> Result<(), Error> {
+    let [from, to] = [from, to].map(|dir| dir.join("config.json"));
+    let text = std::fs::read(&from).map_err(|e| Error::io(&from, e))?;
+    let mut config: Value = serde_json::from_slice(&text)
+        .map_err(|e| Error::Parse { path: from, message: e.to_string() })?;
+    for key in ["dtype", "torch_dtype"] {
+        config[key] = dtype.into();
+    }
+    let text = format!("{config:#}\n");
+    std::fs::write(&to, text).map_err(|e| Error::io(&to, e))
 }

@@ -5,10 +5,11 @@
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Mutex, OnceLock, mpsc};
+use std::sync::{Mutex, mpsc};
 
-use step::{ActionKey, ActionResult, Failure, Known, TreeDigest};
+use step::{ActionKey, ActionResult, Failure, Known, Needs, TreeDigest};
 
+use crate::capacity::{self, memory_here, threads_here};
 use crate::plan::{Ready, Stale};
 use crate::resolve::{Graph, Node};
 use crate::schedule::{Machine, Schedule, Share};
@@ -264,7 +265,11 @@ impl Engine {
             Err(lost) => {
                 let last = self.last(&node.id);
                 let stale = self.reason(&ready, last.as_ref(), lost);
-                let share = share(node, known, last.as_ref());
+                let needs = (node.def.needs)(&node.params, known);
+                if let Some(how) = capacity::too_large(&needs) {
+                    return Err(Failure::input(format!("{}: {how}", node.id)).into());
+                }
+                let share = share(&needs, last.as_ref());
                 Ok(Looked::Stale(Box::new(ready), stale, share))
             }
         }
@@ -313,8 +318,7 @@ impl Engine {
 }
 
 /// What a step takes of the machine: what it says of itself, or what it took last time.
-fn share(node: &Node, known: &Known, last: Option<&ActionResult>) -> Share {
-    let needs = (node.def.needs)(&node.params, known);
+fn share(needs: &Needs, last: Option<&ActionResult>) -> Share {
     let last = last.map_or(0, |last| last.provenance.peak_memory);
     // On an accelerator it takes less of ours than this.
     let counted = needs.memory.map_or(0, |memory| memory.on_processor);
@@ -323,18 +327,4 @@ fn share(node: &Node, known: &Known, last: Option<&ActionResult>) -> Share {
         memory: if last > 0 { last } else { counted },
         accelerator: needs.accelerator,
     }
-}
-
-/// How many threads this process may use at once. The answer takes a dozen files to find out.
-pub(crate) fn threads_here() -> usize {
-    static KNOWN: OnceLock<usize> = OnceLock::new();
-    *KNOWN.get_or_init(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
-}
-
-/// Bytes of memory that this machine could give to steps now, where the system tells.
-fn memory_here() -> u64 {
-    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
-    kib.map_or(u64::MAX, |kib| kib * 1024)
 }

@@ -11,7 +11,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use step::worker::{self, Mode, Request};
 use step::{ActionResult, Failure, Provenance, TreeDigest, action};
 
-use crate::build::{Slot, threads_here};
+use crate::build::Slot;
+use crate::capacity::threads_here;
 use crate::compiled::Compiled;
 use crate::plan::Ready;
 use crate::process::{self, Said};

@@ -16,7 +16,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use step::{ActionKey, BlobDigest, CodeDigest, TreeDigest};
 
-use crate::build::{Built, threads_here};
+use crate::build::Built;
+use crate::capacity::threads_here;
 use crate::resolve::{Graph, Node, Origin};
 use crate::stamp::Stamp;
 use crate::target::TargetId;

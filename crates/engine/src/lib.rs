@@ -4,6 +4,7 @@
 //! [`Registry`] is handed to it.
 
 mod build;
+mod capacity;
 pub mod code;
 mod compiled;
 mod event;

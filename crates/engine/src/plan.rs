@@ -5,10 +5,11 @@ use std::sync::MutexGuard;
 
 use serde::Serialize;
 use step::{
-    Action, ActionKey, ActionResult, CodeDigest, Facts, Failure, Known, Memory, Platform, Tree,
-    TreeDigest, Unsupported, action, canonical,
+    Action, ActionKey, ActionResult, CodeDigest, Facts, Failure, Known, Memory, Platform, Refusal,
+    Tree, TreeDigest, action, canonical,
 };
 
+use crate::capacity::{self, TooLarge};
 use crate::resolve::{Graph, Node, Origin};
 use crate::target::TargetId;
 use crate::why::{self, Difference};
@@ -77,10 +78,12 @@ impl std::fmt::Display for Stale {
 /// Why a target cannot run.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Blocked {
-    /// This version cannot build what the recipe declares.
-    Unsupported(Unsupported),
+    /// The step will not do what the recipe declares.
+    Refused(Refusal),
     /// An outside source without its pin.
     NotLocked(TargetId),
+    /// It takes more memory than there is.
+    TooLarge(TooLarge),
     /// An input that is blocked itself.
     On(TargetId),
 }
@@ -88,10 +91,11 @@ pub enum Blocked {
 impl std::fmt::Display for Blocked {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Blocked::Unsupported(what) => write!(f, "{what}"),
+            Blocked::Refused(what) => write!(f, "{what}"),
             Blocked::NotLocked(id) => {
                 write!(f, "not pinned yet: run `cargo xtask lock {}`", id.recipe)
             }
+            Blocked::TooLarge(how) => write!(f, "{how}"),
             Blocked::On(id) => write!(f, "needs {id}, which is blocked"),
         }
     }
@@ -128,18 +132,23 @@ impl Engine {
         for node in &graph.nodes {
             let last = self.last(&node.id);
             let known = &facts[&node.id].0;
+            let needs = (node.def.needs)(&node.params, known);
             let status = match self.blocked(node, &stuck, known) {
-                Some(blocked) => {
-                    stuck.insert(&node.id);
-                    Status::Blocked(blocked)
-                }
-                None => self.status(node, &outputs, last.as_ref())?.0,
+                Some(blocked) => Status::Blocked(blocked),
+                None => match self.status(node, &outputs, last.as_ref())?.0 {
+                    Status::Stale(stale) => match capacity::too_large(&needs) {
+                        Some(how) => Status::Blocked(Blocked::TooLarge(how)),
+                        None => Status::Stale(stale),
+                    },
+                    status => status,
+                },
             };
-            if let Status::Cached(result) = &status {
-                outputs.insert(node.id.clone(), result.output);
+            match &status {
+                Status::Cached(result) => _ = outputs.insert(node.id.clone(), result.output),
+                Status::Blocked(_) => _ = stuck.insert(&node.id),
+                Status::Stale(_) => {}
             }
-            let memory = (node.def.needs)(&node.params, known).memory;
-            let (id, step) = (node.id.clone(), node.def.name);
+            let (id, step, memory) = (node.id.clone(), node.def.name, needs.memory);
             targets.push(Planned { id, step, status, last, memory });
         }
         self.finish_caches();
@@ -301,7 +310,7 @@ impl Engine {
         known: &Known,
     ) -> Option<Blocked> {
         if let Err(unsupported) = (node.def.supports)(&node.params, known) {
-            return Some(Blocked::Unsupported(unsupported));
+            return Some(Blocked::Refused(unsupported));
         }
         if node.unlocked {
             return Some(Blocked::NotLocked(node.id.clone()));

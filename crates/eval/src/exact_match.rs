@@ -4,7 +4,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use step::{InputDef, Kind, Known, ParamError, Rebuild, Step, Unsupported};
+use step::{InputDef, Kind, Known, ParamError, Rebuild, Refusal, Step};
 
 use crate::require::{self, Require};
 
@@ -79,7 +79,7 @@ impl Step for ExactMatch {
         require::check(&self.require, &figures.each_ref().map(String::as_str))
     }
 
-    fn supports(&self, inputs: &Known) -> Result<(), Unsupported> {
+    fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
         crate::supports(inputs)
     }
 }

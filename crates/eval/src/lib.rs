@@ -7,7 +7,7 @@ pub mod perplexity;
 pub mod require;
 
 use checkpoint::EXPORTED;
-use step::{Family, Kind, Known, StepDef, Unsupported};
+use step::{Family, Kind, Known, Refusal, StepDef};
 
 pub static FAMILY: Family = Family {
     name: "eval",
@@ -20,11 +20,11 @@ pub static FAMILY: Family = Family {
 const TOLERANCE: f64 = 0.01;
 
 /// A plain model runs on a graph that is written here; the others bring what they run on.
-fn supports(inputs: &Known) -> Result<(), Unsupported> {
+fn supports(inputs: &Known) -> Result<(), Refusal> {
     let plain = inputs.get("models").into_iter().flatten().filter(|m| m.kind == Kind::Model);
     for architecture in plain.filter_map(|m| m.facts.architecture.as_deref()) {
         if !EXPORTED.contains(&architecture) {
-            return Err(Unsupported {
+            return Err(Refusal::NotBuilt {
                 what: format!("architecture {architecture}"),
                 built: checkpoint::are(EXPORTED),
             });

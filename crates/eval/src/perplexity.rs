@@ -4,7 +4,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use step::{InputDef, Kind, Known, ParamError, Rebuild, Step, Unsupported};
+use step::{InputDef, Kind, Known, ParamError, Rebuild, Refusal, Step};
 
 use crate::require::{self, Require};
 
@@ -58,7 +58,7 @@ impl Step for Perplexity {
         require::check(&self.require, Self::FIGURES)
     }
 
-    fn supports(&self, inputs: &Known) -> Result<(), Unsupported> {
+    fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
         crate::supports(inputs)
     }
 }

@@ -4,7 +4,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use step::{InputDef, Kind, Known, Step, Unsupported};
+use step::{InputDef, Kind, Known, Refusal, Step};
 
 /// The parameters of `gguf/export`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -63,9 +63,9 @@ impl Step for Export {
     const INPUTS: &'static [InputDef] = &[InputDef::one("model", &[Kind::Model])];
     const OUTPUT: Kind = Kind::GgufModel;
 
-    fn supports(&self, inputs: &Known) -> Result<(), Unsupported> {
+    fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
         if !self.quant.built() {
-            return Err(Unsupported {
+            return Err(Refusal::NotBuilt {
                 what: format!("quant {}", self.quant.name()),
                 built: "F32, F16, BF16 and Q8_0 are".into(),
             });
@@ -74,7 +74,7 @@ impl Step for Export {
             if let Some(architecture) = &input.facts.architecture
                 && !checkpoint::EXPORTED.contains(&architecture.as_str())
             {
-                return Err(Unsupported {
+                return Err(Refusal::NotBuilt {
                     what: format!("architecture {architecture}"),
                     built: checkpoint::are(checkpoint::EXPORTED),
                 });

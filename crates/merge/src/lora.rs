@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::definition::Known;
-use step::{InputDef, Kind, ParamError, Step, Unsupported};
+use step::{InputDef, Kind, ParamError, Refusal, Step};
 
 /// The parameters of `merge/lora`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -28,31 +28,30 @@ impl Lora {
     }
 
     /// Holds `weights` to the adapters that there are.
-    fn weighed(&self, inputs: &Known) -> Result<(), Unsupported> {
-        let refuse = |what: String, built: &str| Err(Unsupported { what, built: built.into() });
+    fn weighed(&self, inputs: &Known) -> Result<(), Refusal> {
+        let refuse =
+            |message: String, hint: &str| Err(Refusal::Wrong { message, hint: hint.into() });
         let of = |name| inputs.get(name).into_iter().flatten().map(|input| input.label.as_str());
         let (one, many): (Vec<&str>, Vec<&str>) =
             (of("adapter").collect(), of("adapters").collect());
-        const EITHER: &str = "`adapter`, or `adapters` and their `weights`, is";
+        const EITHER: &str = "set `adapter`, or `adapters` and their `weights`";
         let names = match (one.is_empty(), many.is_empty()) {
-            (true, true) => return refuse("a merge without an adapter".into(), EITHER),
-            (false, false) => return refuse("`adapter` beside `adapters`".into(), EITHER),
+            (true, true) => return refuse("there is no adapter to merge".into(), EITHER),
+            (false, false) => return refuse("`adapter` stands beside `adapters`".into(), EITHER),
             _ => [one, many].concat(),
         };
         if let Some(twice) = (1..names.len()).find(|i| names[..*i].contains(&names[*i])) {
-            let what = format!("a merge of two adapters called `{}`", names[twice]);
-            return refuse(what, "weights go by name, so each needs its own");
+            let what = format!("two adapters are called `{}`", names[twice]);
+            return refuse(what, "weights go by name: rename the target of one of them");
         }
         let all: Vec<String> = names.iter().map(|name| format!("\"{name}\" = …")).collect();
-        let all = format!("`weights = {{ {} }}` is", all.join(", "));
+        let all = format!("set `weights = {{ {} }}`", all.join(", "));
         if let Some(unknown) = self.weights.keys().find(|key| !names.contains(&key.as_str())) {
-            return refuse(format!("a weight for `{unknown}`, which is not merged,"), &all);
+            return refuse(format!("there is a weight for `{unknown}`, which is not merged"), &all);
         }
         let needed = names.len() > 1 || !self.weights.is_empty();
         match names.iter().find(|name| needed && !self.weights.contains_key(**name)) {
-            Some(name) => {
-                refuse(format!("a merge of `{name}` beside others without a weight"), &all)
-            }
+            Some(name) => refuse(format!("there is no weight for `{name}`"), &all),
             None => Ok(()),
         }
     }
@@ -99,12 +98,12 @@ impl Step for Lora {
         }
     }
 
-    fn supports(&self, inputs: &Known) -> Result<(), Unsupported> {
+    fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
         self.weighed(inputs)?;
         let facts = inputs.values().flatten().filter_map(|i| i.facts.architecture.as_deref());
         for architecture in facts {
             if !checkpoint::ARCHITECTURES.contains(&architecture) {
-                return Err(Unsupported {
+                return Err(Refusal::NotBuilt {
                     what: format!("architecture {architecture}"),
                     built: checkpoint::are(checkpoint::ARCHITECTURES),
                 });

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::definition::{Known, ParamError};
-use step::{InputDef, Kind, Step, Unsupported};
+use step::{InputDef, Kind, Refusal, Step};
 
 /// The parameters of `onnx/export`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -56,11 +56,11 @@ impl Step for Export {
         }
     }
 
-    fn supports(&self, inputs: &Known) -> Result<(), Unsupported> {
+    fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
         let facts = inputs.values().flatten().filter_map(|i| i.facts.architecture.as_deref());
         for architecture in facts {
             if !checkpoint::EXPORTED.contains(&architecture) {
-                return Err(Unsupported {
+                return Err(Refusal::NotBuilt {
                     what: format!("architecture {architecture}"),
                     built: checkpoint::are(checkpoint::EXPORTED),
                 });
@@ -68,7 +68,7 @@ impl Step for Export {
         }
         match self.dtype {
             Dtype::Fp32 | Dtype::Q4 => Ok(()),
-            other => Err(Unsupported {
+            other => Err(Refusal::NotBuilt {
                 what: format!("dtype {}", other.name()),
                 built: "fp32 and q4 are".into(),
             }),

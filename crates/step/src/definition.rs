@@ -79,8 +79,9 @@ pub trait Step: Serialize + DeserializeOwned + JsonSchema {
         Needs::default()
     }
 
-    /// Refuses by name what is declared but not built yet: an architecture, a dtype.
-    fn supports(&self, inputs: &Known) -> Result<(), Unsupported> {
+    /// Refuses by name what is declared but not built yet, an architecture or a dtype, and what
+    /// does not go together with these inputs.
+    fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
         let _ = inputs;
         Ok(())
     }
@@ -145,7 +146,7 @@ pub struct Facts {
 }
 
 /// What a step takes of the machine while it runs.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Needs {
     /// At most so many threads, and the others are free for another step; all of them, if it does
     /// not say.
@@ -153,6 +154,16 @@ pub struct Needs {
     /// Whether it computes on an accelerator where there is one: one step at a time has it.
     pub accelerator: bool,
     pub memory: Option<Memory>,
+    /// What a recipe could say instead where that is too much, each on top of those before it.
+    pub savings: Vec<Saving>,
+}
+
+/// A change to a recipe, and what the step would take then.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Saving {
+    /// `bits = 4`
+    pub change: String,
+    pub memory: Memory,
 }
 
 /// Bytes that a step needs at its peak, by where it computes.
@@ -173,14 +184,22 @@ pub struct KnownInput {
 /// Input name → what is known of the artifacts it takes.
 pub type Known = BTreeMap<String, Vec<KnownInput>>;
 
-/// Something declared that this version cannot build.
+/// Why a step will not do what a recipe asks of it with these inputs.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{what} is not built yet: {built}")]
-pub struct Unsupported {
-    /// `architecture gemma3_text`, `dtype int8`.
-    pub what: String,
-    /// What is: `llama is`.
-    pub built: String,
+pub enum Refusal {
+    #[error("{what} is not built yet: {built}")]
+    NotBuilt {
+        /// `architecture gemma3_text`, `dtype int8`.
+        what: String,
+        /// What is: `llama is`.
+        built: String,
+    },
+    #[error("{message}: {hint}")]
+    Wrong {
+        message: String,
+        /// What to write instead.
+        hint: String,
+    },
 }
 
 /// A parameter that a recipe got wrong.
@@ -226,7 +245,7 @@ pub struct StepDef {
     pub resolve: fn(Map<String, Value>) -> Result<Value, ParamError>,
     /// Resolved parameters and known inputs → what is known of the output.
     pub facts: fn(&Value, &Known) -> Facts,
-    pub supports: fn(&Value, &Known) -> Result<(), Unsupported>,
+    pub supports: fn(&Value, &Known) -> Result<(), Refusal>,
     pub programs: fn(&Value) -> Vec<String>,
     pub needs: fn(&Value, &Known) -> Needs,
 }

@@ -14,8 +14,8 @@ pub mod worker;
 
 pub use action::{Action, ActionResult, Provenance};
 pub use definition::{
-    Arity, Facts, Family, InputDef, Known, Memory, Needs, ParamError, Platform, Rebuild, Step,
-    StepDef, Unsupported,
+    Arity, Facts, Family, InputDef, Known, Memory, Needs, ParamError, Platform, Rebuild, Refusal,
+    Saving, Step, StepDef,
 };
 pub use digest::{ActionKey, BlobDigest, CodeDigest, TreeDigest};
 pub use failure::{Class, Failure};

@@ -10,11 +10,11 @@ use checkpoint::names;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use step::definition::{InputDef, Known, Needs, ParamError, Platform, Step, Unsupported};
+use step::definition::{InputDef, Known, Needs, ParamError, Platform, Refusal, Step};
 use step::kind::Kind;
 
 use crate::memory;
-use crate::training::{Device, over, training_step};
+use crate::training::{over, training_step};
 
 training_step! {
     /// What the adapter is, and how it is trained.
@@ -167,17 +167,10 @@ impl Step for Lora {
     fn needs(&self, inputs: &Known) -> Needs {
         let config = inputs.get("base").and_then(|base| base.first()?.facts.config.as_ref());
         let config = config.and_then(|config| Config::of(config, Path::new("config.json")).ok());
-        let memory = config.map(|config| memory::lora(&config, self));
-        Needs { accelerator: self.device != Device::Cpu, memory, ..Needs::default() }
+        memory::needs_of_lora(config.as_ref(), self)
     }
 
-    fn supports(&self, inputs: &Known) -> Result<(), Unsupported> {
-        if self.bits == 4 {
-            return Err(Unsupported {
-                what: "QLoRA (bits = 4)".into(),
-                built: "bits = 16 is".into(),
-            });
-        }
+    fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
         let base = inputs.get("base").and_then(|base| base.first());
         let Some(found) = base.and_then(|base| base.facts.architecture.as_deref()) else {
             return Ok(());
@@ -186,10 +179,7 @@ impl Step for Lora {
         let targets = Architecture::of(found).map(|architecture| self.targets(architecture));
         match targets.transpose() {
             Ok(_) => Ok(()),
-            Err(NoTarget { target, architecture }) => Err(Unsupported {
-                what: format!("an adapter on `{target}` of {found}"),
-                built: checkpoint::are(&layers_of(architecture)),
-            }),
+            Err(none) => Err(Refusal::Wrong { hint: none.hint(), message: none.to_string() }),
         }
     }
 }
@@ -341,8 +331,8 @@ mod tests {
         assert_eq!(refused("phi3", "q_proj"), Ok(()));
         assert_eq!(
             refused("mistral", "gate_up_proj").unwrap_err(),
-            "an adapter on `gate_up_proj` of mistral is not built yet: q_proj, k_proj, v_proj, \
-             o_proj, gate_proj, up_proj, down_proj and lm_head are"
+            "`gate_up_proj` is no linear layer of mistral: set `target_modules` to one or more of \
+             q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head, or `all-linear`"
         );
     }
 
@@ -352,12 +342,5 @@ mod tests {
             let params = resolve(json!({"rank": 16, "alpha": 32, "rslora": rslora})).unwrap();
             assert_eq!(Lora::deserialize(&params).unwrap().scale(), scale);
         }
-    }
-
-    #[test]
-    fn qlora_is_refused_by_name() {
-        let params = resolve(json!({"bits": 4})).unwrap();
-        let refused = (DEF.supports)(&params, &Known::new()).unwrap_err();
-        assert_eq!(refused.to_string(), "QLoRA (bits = 4) is not built yet: bits = 16 is");
     }
 }

@@ -1,52 +1,135 @@
-//! What training takes at its peak, from the model's own numbers.
+//! What training takes at its peak, from the model's own numbers, and what would take less.
 //!
-//! Counted, not measured: weights, gradients, AdamW's two moments, and what the forward pass of
-//! `worker/decoder.rs` keeps for the backward pass. The tests hold it to what runs were seen to take.
+//! Counted, not measured: weights, gradients, what the optimiser remembers, and what the forward
+//! pass of `worker/decoder.rs` keeps for the backward pass. The tests hold it to what runs were seen
+//! to take.
 
 use checkpoint::config::Config;
 use checkpoint::names;
-use step::Memory;
+use step::definition::{Memory, Needs, Saving};
 
 use crate::Lora;
-use crate::training::{Compute, Training};
+use crate::training::{Algorithm, Compute, Device, Training};
 
 /// libtorch itself and a worker's own pages.
 const LIBRARY: u64 = 156_000_000;
 /// CUDA's context and the work space of its products.
 const CONTEXT: u64 = 700_000_000;
-/// A gradient and two moments, in float32.
-const TRAINED: u64 = 12;
+/// Logits at a time, as `worker/decoder.rs` has it.
+const TILE: u64 = 1 << 24;
 
 /// Everything is trained, and held in float32.
-pub fn pretrain(config: &Config, training: &Training) -> Memory {
+fn all(config: &Config, training: &Training) -> Memory {
     let parameters = config.parameters() as u64;
     memory(training, |width| {
         // Products in 16 bits keep a copy of each weight for the backward pass.
         let copies = if width < 4 { width * parameters } else { 0 };
-        (4 + TRAINED) * parameters + copies + activations(config, training, width)
+        // The gradient of a tied matrix comes in two parts.
+        let twice =
+            if config.tied { 4 * (config.vocab_size * config.hidden_size) as u64 } else { 0 };
+        trained(training) * parameters + copies + twice + activations(config, training, width)
     })
 }
 
-/// The base is held in what is computed in, the adapter in float32.
-pub fn lora(config: &Config, lora: &Lora) -> Memory {
+/// The base is held in what is computed in or in NF4, the adapter in float32.
+fn lora(config: &Config, lora: &Lora, bits: u8, training: &Training) -> Memory {
     // A target that the base does not have is refused elsewhere.
     let targets = lora.targets(config.architecture).unwrap_or_default();
+    let linears = names::linears(config.architecture);
+    let shape = |part: &str| names::linear_shape(config, part).expect("a name of the list");
     let adapted = targets.into_iter().map(|target| {
-        let mut parts = names::linears(config.architecture).iter();
-        let part = parts.find(|part| names::module(part) == target);
-        match part.and_then(|part| names::linear_shape(config, part)) {
-            Some([rows, columns]) => config.num_layers * (rows + columns),
+        match linears.iter().find(|part| names::module(part) == target) {
+            Some(part) => config.num_layers * shape(part).iter().sum::<usize>(),
             // The head.
             None => config.vocab_size + config.hidden_size,
         }
     });
     let adapter = (lora.rank * adapted.sum::<usize>()) as u64;
-    let training = lora.training();
-    memory(&training, |width| {
-        width * config.parameters() as u64
-            + (4 + TRAINED) * adapter
-            + activations(config, &training, width)
+    let matrices = linears.iter().map(|part| shape(part).iter().product::<usize>());
+    let [in_layers, largest] =
+        [config.num_layers * matrices.clone().sum::<usize>(), matrices.max().unwrap_or(0)]
+            .map(|count| count as u64);
+    memory(training, |width| {
+        let all = config.parameters() as u64;
+        let base = match bits {
+            // Four bits a number, eight a block of 64; and one matrix at a time as it was.
+            4 => width * (all - in_layers) + in_layers / 2 + in_layers / 64 + width * largest,
+            _ => width * all,
+        };
+        base + trained(training) * adapter + activations(config, training, width)
     })
+}
+
+/// What training everything takes of the machine.
+pub fn needs_of_all(config: Option<&Config>, training: &Training) -> Needs {
+    let changes: [Change<Training>; 3] = [checkpoint_gradients, remember_less, halve_batches];
+    needs(training, training, &changes, config.map(|config| move |t: &Training| all(config, t)))
+}
+
+/// What training an adapter takes of the machine.
+pub fn needs_of_lora(config: Option<&Config>, params: &Lora) -> Needs {
+    type Held = (Training, u8);
+    let changes: [Change<Held>; 3] = [
+        |(training, _)| checkpoint_gradients(training),
+        |(_, bits)| (std::mem::replace(bits, 4) != 4).then(|| "bits = 4".into()),
+        |(training, _)| halve_batches(training),
+    ];
+    let training = params.training();
+    let of = config.map(|config| move |(t, bits): &Held| lora(config, params, *bits, t));
+    needs(&training, &(training.clone(), params.bits), &changes, of)
+}
+
+/// Makes a change and says how a recipe spells it; nothing, where it is made already.
+type Change<T> = fn(&mut T) -> Option<String>;
+
+fn checkpoint_gradients(training: &mut Training) -> Option<String> {
+    let already = std::mem::replace(&mut training.gradient_checkpointing, true);
+    (!already).then(|| "gradient_checkpointing = true".into())
+}
+
+fn remember_less(training: &mut Training) -> Option<String> {
+    let before = std::mem::replace(&mut training.optimiser, Algorithm::Adamw8bit);
+    (before == Algorithm::Adamw).then(|| "optimiser = \"adamw-8bit\"".into())
+}
+
+/// Half the micro-batch, and as large a step.
+fn halve_batches(training: &mut Training) -> Option<String> {
+    training.batch_tokens = training.batch_tokens.div_ceil(2);
+    training.gradient_accumulation *= 2;
+    let Training { batch_tokens, gradient_accumulation, .. } = training;
+    Some(format!(
+        "batch_tokens = {batch_tokens}` and `gradient_accumulation = {gradient_accumulation}"
+    ))
+}
+
+/// The memory that `of` counts, where the model is known, and what the changes save of it, each on
+/// top of those before it.
+fn needs<T: Clone>(
+    training: &Training,
+    start: &T,
+    changes: &[Change<T>],
+    of: Option<impl Fn(&T) -> Memory>,
+) -> Needs {
+    let accelerator = training.device != Device::Cpu;
+    let Some(of) = of else { return Needs { accelerator, ..Needs::default() } };
+    let mut held = start.clone();
+    let mut savings = Vec::new();
+    for change in changes {
+        if let Some(change) = change(&mut held) {
+            savings.push(Saving { change, memory: of(&held) });
+        }
+    }
+    Needs { accelerator, memory: Some(of(start)), savings, ..Needs::default() }
+}
+
+/// Bytes of a parameter that is trained: itself, its gradient, what is remembered of it.
+fn trained(training: &Training) -> u64 {
+    4 + 4
+        + match training.optimiser {
+            Algorithm::Adamw => 8,
+            Algorithm::Adamw8bit => 2,
+            Algorithm::Adafactor => 0,
+        }
 }
 
 fn memory(training: &Training, bytes: impl Fn(u64) -> u64) -> Memory {
@@ -71,10 +154,16 @@ fn activations(config: &Config, training: &Training, width: u64) -> u64 {
     let layer = layer + if fused { queries + keys } else { 0 };
     // Norms in 16 bits keep two copies in float32, each of two norms.
     let norms = if width < 4 { 4 * 4 * hidden } else { 0 };
-    let layers = config.num_layers as u64 * (width * layer as u64 + norms as u64);
-    // Logits, their logarithms and the gradient, in float32.
-    let head = 3 * 4 * config.vocab_size as u64;
-    training.batch_tokens as u64 * (layers + head)
+    let (layer, layers) = (width * layer as u64 + norms as u64, config.num_layers as u64);
+    let layers = match training.gradient_checkpointing {
+        // What goes into each, and one of them whole.
+        true => layers * width * hidden as u64 + layer,
+        false => layers * layer,
+    };
+    let tokens = training.batch_tokens as u64;
+    // A tile of logits, their logarithms and the gradient, in float32.
+    let logits = TILE.max(config.vocab_size as u64).min(tokens * config.vocab_size as u64);
+    tokens * layers + 3 * 4 * logits
 }
 
 #[cfg(test)]

@@ -4,11 +4,11 @@
 
 use checkpoint::config::{Architecture, Config};
 use serde_json::{Map, Value, json};
-use step::definition::{Facts, InputDef, Known, Needs, ParamError, Platform, Step, Unsupported};
+use step::definition::{Facts, InputDef, Known, Needs, ParamError, Platform, Refusal, Step};
 use step::kind::Kind;
 
 use crate::memory;
-use crate::training::{Device, over, training_step};
+use crate::training::{over, training_step};
 
 training_step! {
     /// The shape of the model, how it starts, how it is trained.
@@ -102,11 +102,10 @@ impl Step for Pretrain {
 
     fn needs(&self, inputs: &Known) -> Needs {
         let config = vocabulary(inputs).and_then(|size| self.config(size));
-        let memory = config.map(|config| memory::pretrain(&config, &self.training()));
-        Needs { accelerator: self.device != Device::Cpu, memory, ..Needs::default() }
+        memory::needs_of_all(config.as_ref(), &self.training())
     }
 
-    fn supports(&self, _: &Known) -> Result<(), Unsupported> {
+    fn supports(&self, _: &Known) -> Result<(), Refusal> {
         crate::architecture_is_built(&self.architecture, checkpoint::EXPORTED)
     }
 }
@@ -228,6 +227,6 @@ mod tests {
     fn architectures_are_refused_by_name() {
         let params = resolve(json!({"architecture": "mamba"})).unwrap();
         let refused = (DEF.supports)(&params, &Known::new()).unwrap_err();
-        assert_eq!(refused.what, "architecture mamba");
+        assert_eq!(refused.to_string(), "architecture mamba is not built yet: llama is");
     }
 }

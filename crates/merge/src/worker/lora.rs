@@ -65,7 +65,7 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
     kept.refuse_what_was_lost()?;
 
     checkpoint::copy_companions(base_dir, job.out()).map_err(Failure::from)?;
-    write_config(base_dir, job.out(), params.dtype.name())?;
+    checkpoint::copy_config(base_dir, job.out(), params.dtype.name()).map_err(Failure::from)?;
     job.metric("delta_norm", kept.mean(|row| row.relative));
     job.metric("delta_kept", kept.mean(|row| row.kept));
     job.metric("tensors_merged", kept.rows.len() as f64);
@@ -277,17 +277,6 @@ impl Kept {
         }
         text
     }
-}
-
-/// The base's config, with the type of the merged weights.
-fn write_config(from: &std::path::Path, to: &std::path::Path, dtype: &str) -> anyhow::Result<()> {
-    let mut config: Value = serde_json::from_slice(&std::fs::read(from.join("config.json"))?)?;
-    for key in ["dtype", "torch_dtype"] {
-        config[key] = json!(dtype);
-    }
-    let mut text = serde_json::to_vec_pretty(&config)?;
-    text.push(b'\n');
-    Ok(std::fs::write(to.join("config.json"), text)?)
 }
 
 #[cfg(test)]

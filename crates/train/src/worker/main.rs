@@ -8,6 +8,7 @@ mod data;
 mod decoder;
 mod device;
 mod fit;
+mod full;
 mod fused;
 mod linear;
 mod lora;
@@ -24,7 +25,11 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     environment();
     keep_memory();
-    step::worker::main(&[("train/pretrain", pretrain::run), ("train/lora", lora::run)])
+    step::worker::main(&[
+        ("train/pretrain", pretrain::run),
+        ("train/lora", lora::run),
+        ("train/full", full::run),
+    ])
 }
 
 /// Settings that libraries read before `main`, or once: set them, and start over.
