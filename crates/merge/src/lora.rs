@@ -139,12 +139,12 @@ mod tests {
             (&["a"], &[], json!({}), ""),
             (&["a"], &[], json!({"a": 0.5}), ""),
             (&[], &["a", "b"], json!({"a": 0.7, "b": -0.3}), ""),
-            (&[], &[], json!({}), "a merge without an adapter is not built yet"),
-            (&["a"], &["b"], json!({}), "`adapter` beside `adapters` is not built yet"),
-            (&[], &["a", "a"], json!({"a": 1}), "a merge of two adapters called `a`"),
-            (&[], &["a", "b"], json!({}), "a merge of `a` beside others without a weight"),
-            (&[], &["a", "b"], json!({"a": 1}), "`weights = { \"a\" = …, \"b\" = … }` is"),
-            (&["a"], &[], json!({"b": 1}), "a weight for `b`, which is not merged,"),
+            (&[], &[], json!({}), "there is no adapter to merge"),
+            (&["a"], &["b"], json!({}), "`adapter` stands beside `adapters`"),
+            (&[], &["a", "a"], json!({"a": 1}), "two adapters are called `a`"),
+            (&[], &["a", "b"], json!({}), "there is no weight for `a`"),
+            (&[], &["a", "b"], json!({"a": 1}), "set `weights = { \"a\" = …, \"b\" = … }`"),
+            (&["a"], &[], json!({"b": 1}), "there is a weight for `b`, which is not merged"),
         ];
         for (one, many, weights, message) in cases {
             let inputs = [("adapter", one), ("adapters", many)];

@@ -55,9 +55,9 @@ pub struct Decoder {
     norm: Norm,
     /// [V, C]: the embedding itself in a tied model.
     head: Linear,
-    rotary: Rotary,
-    /// Of layers with a window, where theirs is another one.
-    rotary_near: Option<Rotary>,
+    frequencies: Frequencies,
+    /// Of layers with a window, where theirs are others.
+    frequencies_near: Option<Frequencies>,
 }
 
 /// Logits at a time: 64 MB of them, and as much again of their gradient.
@@ -84,11 +84,11 @@ impl Decoder {
             true => embedding.shallow_clone().into(),
             false => take(names::LM_HEAD),
         };
-        let rotary = |theta| Rotary::new(&config, theta, embedding.device());
-        let rotary_near = config.rope_theta_near.map(rotary);
-        let rotary = rotary(config.rope_theta);
+        let frequencies = |theta| Frequencies::new(&config, theta, embedding.device());
+        let frequencies_near = config.rope_theta_near.map(frequencies);
+        let frequencies = frequencies(config.rope_theta);
         let head = Linear { name: names::LM_HEAD.into(), weight: head, bias: None, lora: None };
-        Ok(Self { config, compute, embedding, layers, norm, head, rotary, rotary_near })
+        Ok(Self { config, compute, embedding, layers, norm, head, frequencies, frequencies_near })
     }
 
     /// What the model misses in `batch`: the sum over predicting positions of weight × -ln p, by
@@ -382,8 +382,8 @@ struct Places {
 impl Places {
     fn new(model: &Decoder, batch: &Batch) -> Self {
         Self {
-            rotary: model.rotary.of(batch, model.compute),
-            near: model.rotary_near.as_ref().map(|near| near.of(batch, model.compute)),
+            rotary: model.frequencies.of(batch, model.compute),
+            near: model.frequencies_near.as_ref().map(|near| near.of(batch, model.compute)),
             masks: Masks::new(&model.config.windows, batch),
         }
     }
@@ -463,6 +463,67 @@ fn stretched(frequencies: &Tensor, scaling: &Llama3) -> Tensor {
     long.where_self(&waves.gt(original / low), &kept)
 }
 
+/// How fast the pairs of a head turn from one position to the next.
+struct Frequencies {
+    /// [R/2]
+    every: Tensor,
+    /// LongRope's, of rows that are no longer than so many positions.
+    short: Option<(Tensor, i64)>,
+    /// What cosines and sines are multiplied by.
+    factor: f64,
+    /// D
+    head_dim: i64,
+}
+
+impl Frequencies {
+    fn new(config: &Config, theta: f64, device: Device) -> Self {
+        let r = config.rotary_dim as i64;
+        let exponents = Tensor::arange_start_step(0, r, 2, (Kind::Int64, device));
+        let exponents = exponents.to_kind(Kind::Float) / r as f64;
+        let wavelengths = Tensor::pow_scalar(theta, &exponents);
+        let (every, short, factor) = match &config.rope_scaling {
+            None => (wavelengths.reciprocal(), None, 1.0),
+            Some(RopeScaling::Llama3(scaling)) => {
+                (stretched(&wavelengths.reciprocal(), scaling), None, 1.0)
+            }
+            Some(RopeScaling::LongRope(scaling)) => {
+                let [near, far] = [&scaling.short_factor, &scaling.long_factor].map(|factors| {
+                    let factors = Tensor::from_slice(factors).to_kind(Kind::Float);
+                    (factors.to_device(device) * &wavelengths).reciprocal()
+                });
+                let short = (near, scaling.original_max_positions as i64);
+                (far, Some(short), scaling.attention_factor)
+            }
+        };
+        Self { every, short, factor, head_dim: config.head_dim as i64 }
+    }
+
+    /// Of the positions of a batch.
+    ///
+    /// LongRope's factors are chosen by the length of each row, as transformers does with a row
+    /// alone, whatever other rows stand beside it.
+    fn of(&self, batch: &Batch, kind: Kind) -> Rotary {
+        let (rows, length) = (batch.ids.size()[0], batch.ids.size()[1]);
+        let positions = match &batch.packed {
+            Some(packed) => packed.positions.to_kind(Kind::Float),
+            None => Tensor::arange(length, (Kind::Float, batch.ids.device())),
+        };
+        let mut angles = positions.outer(&self.every);
+        if let Some((short, most)) = &self.short {
+            let [long, short] = [angles, positions.outer(short)].map(|all| all.repeat([rows, 1]));
+            let is_long = batch.lengths.gt(*most).view([-1, 1]);
+            angles = long.where_self(&is_long, &short);
+        }
+        let angles = Tensor::cat(&[&angles, &angles], -1);
+        let table = |table: Tensor| match self.factor {
+            1.0 => table.to_kind(kind),
+            factor => (table * factor).to_kind(kind),
+        };
+        let (cos, sin) = (table(angles.cos()), table(angles.sin()));
+        Rotary { cos, sin, head_dim: self.head_dim, length }
+    }
+}
+
 /// Rotary positions (Su et al., 2021): the two halves of what turns of a head turn against each
 /// other.
 struct Rotary {
@@ -473,66 +534,9 @@ struct Rotary {
     head_dim: i64,
     /// T
     length: i64,
-    /// LongRope's: the table begins with so many rows for rows that are no longer than that.
-    short: Option<i64>,
 }
 
 impl Rotary {
-    fn new(config: &Config, theta: f64, device: Device) -> Self {
-        let r = config.rotary_dim as i64;
-        let exponents = Tensor::arange_start_step(0, r, 2, (Kind::Int64, device));
-        let exponents = exponents.to_kind(Kind::Float) / r as f64;
-        let wavelengths = Tensor::pow_scalar(theta, &exponents);
-        let angles = |frequencies: &Tensor, positions: usize| {
-            let positions = Tensor::arange(positions as i64, (Kind::Float, device));
-            positions.outer(frequencies)
-        };
-        let (mut short, mut factor) = (None, 1.0);
-        let angles = match &config.rope_scaling {
-            None => angles(&wavelengths.reciprocal(), config.max_positions),
-            Some(RopeScaling::Llama3(scaling)) => {
-                angles(&stretched(&wavelengths.reciprocal(), scaling), config.max_positions)
-            }
-            Some(RopeScaling::LongRope(scaling)) => {
-                (short, factor) =
-                    (Some(scaling.original_max_positions as i64), scaling.attention_factor);
-                let [near, far] = [&scaling.short_factor, &scaling.long_factor].map(|factors| {
-                    let factors = Tensor::from_slice(factors).to_kind(Kind::Float);
-                    (factors.to_device(device) * &wavelengths).reciprocal()
-                });
-                let near = angles(&near, scaling.original_max_positions);
-                Tensor::cat(&[near, angles(&far, config.max_positions)], 0)
-            }
-        };
-        let angles = Tensor::cat(&[&angles, &angles], -1);
-        let [mut cos, mut sin] = [angles.cos(), angles.sin()];
-        if factor != 1.0 {
-            (cos, sin) = (cos * factor, sin * factor);
-        }
-        Self { head_dim: config.head_dim as i64, length: cos.size()[0], cos, sin, short }
-    }
-
-    /// Of the positions of a batch.
-    ///
-    /// LongRope's factors are chosen by the length of each row, as transformers does with a row
-    /// alone, whatever other rows stand beside it.
-    fn of(&self, batch: &Batch, kind: Kind) -> Self {
-        let length = batch.ids.size()[1];
-        let own = batch.packed.as_ref().map(|packed| packed.positions.shallow_clone());
-        let table = |table: &Tensor| match (self.short, &own) {
-            (None, None) => table.narrow(0, 0, length),
-            (None, Some(positions)) => table.index_select(0, positions),
-            (Some(short), _) => {
-                let all = || Tensor::arange(length, (Kind::Int64, batch.ids.device()));
-                let positions = own.as_ref().map_or_else(all, Tensor::shallow_clone);
-                let begin = batch.lengths.gt(short).to_kind(Kind::Int64) * short; // [B, T]
-                table.index_select(0, &(begin + positions).flatten(0, 1))
-            }
-        };
-        let [cos, sin] = [&self.cos, &self.sin].map(|all| table(all).to_kind(kind));
-        Self { cos, sin, length, ..*self }
-    }
-
     /// [B·T, n·size] → [B, n, T, size]
     fn heads(&self, x: &Tensor, size: i64) -> Tensor {
         x.view([-1, self.length, x.size()[1] / size, size]).transpose(1, 2)
