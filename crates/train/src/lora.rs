@@ -115,8 +115,12 @@ fn layers_of(architecture: Architecture) -> Vec<&'static str> {
 impl Step for Lora {
     const NAME: &'static str = "train/lora";
     const ABOUT: &'static str = "Fine-tunes a model with low-rank adapters.";
-    const INPUTS: &'static [InputDef] =
-        &[InputDef::one("base", &[Kind::Model]), InputDef::one("dataset", &[Kind::Dataset])];
+    const INPUTS: &'static [InputDef] = &[
+        InputDef::one("base", &[Kind::Model]),
+        InputDef::one("dataset", &[Kind::Dataset]),
+        // Where to go on from, instead of from nothing.
+        InputDef::optional("adapter", &[Kind::Adapter]),
+    ];
     const OUTPUT: Kind = Kind::Adapter;
     const PLATFORM: Platform = Platform::Arch;
     const TOOLS: &'static [&'static str] = &["libtorch"];

@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use checkpoint::adapter::Adapter;
 use checkpoint::config::{Architecture, Config};
 use checkpoint::names;
 use checkpoint::weights::{Dtype, Weights};
@@ -36,6 +37,9 @@ pub fn run(job: &Job) -> Result<()> {
 
     let mut model = frozen(base, config, params.bits, place)?;
     attach(&mut model, &params, place.device)?;
+    if let Some(from) = job.inputs("adapter").first() {
+        go_on_from(&mut model, &params, from)?;
+    }
     let adapter = adapter(&mut model);
     let trainables = adapter.iter().map(|(name, tensor)| Trainable {
         name: name.clone(),
@@ -107,6 +111,51 @@ pub fn attach(model: &mut Decoder, params: &Lora, device: Device) -> Result<()> 
         });
     }
     Ok(())
+}
+
+/// Gives the adapters the matrices of one that is there, whose shape the recipe has to ask for.
+fn go_on_from(model: &mut Decoder, params: &Lora, from: &Input) -> Result<()> {
+    let adapter = Adapter::read(&from.path).map_err(|e| e.called(&from.path, &from.origin))?;
+    adapter.check(&model.config).map_err(|e| e.called(&from.path, &from.origin))?;
+    let mut deltas = adapter.deltas;
+    let differs = |what: String, hint: String| -> Result<()> {
+        Err(Failure::input(format!("{}: {what}", from.origin)).hint(hint).into())
+    };
+    let adapted = model.linears_mut().filter(|linear| linear.lora.is_some());
+    for linear in adapted {
+        let Some(delta) = deltas.remove(&linear.name) else {
+            let what = format!("the adapter does not change `{}`", linear.name);
+            let module = linear.module();
+            return differs(what, format!("leave `{module}` out of `target_modules`"));
+        };
+        let (rank, scale) = (params.rank, params.scale());
+        if (delta.rank, delta.scale) != (rank, scale) {
+            let what = format!(
+                "`{}` has rank {} and scale {}, the recipe asks for {rank} and {scale}",
+                linear.name, delta.rank, delta.scale
+            );
+            let hint = format!(
+                "set `rank = {}` and `alpha = {}`, and `rslora = {}`",
+                delta.rank, delta.alpha, adapter.config.use_rslora
+            );
+            return differs(what, hint);
+        }
+        let lora = linear.lora.as_ref().expect("only those that have one");
+        for (ours, theirs) in [(&lora.a, &delta.a), (&lora.b, &delta.b)] {
+            let theirs = Tensor::from_slice(theirs).view_as(ours);
+            tch::no_grad(|| ours.shallow_clone().f_copy_(&theirs))?;
+        }
+    }
+    match deltas.keys().next() {
+        Some(name) => differs(
+            format!("the adapter changes `{name}`, which is no target of the recipe"),
+            format!(
+                "add `{}` to `target_modules`",
+                names::module(name.trim_end_matches(".weight"))
+            ),
+        ),
+        None => Ok(()),
+    }
 }
 
 /// The adapter's tensors by their names in a PEFT folder.
@@ -192,4 +241,76 @@ fn card(
 /// PEFT writes an alpha of 32 as `32`.
 fn whole(x: f64) -> Value {
     if x.fract() == 0.0 && x.abs() < 1e9 { json!(x as i64) } else { json!(x) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use serde::Deserialize;
+    use step::{Kind as ArtifactKind, StepDef};
+
+    use super::*;
+
+    fn golden(path: &str) -> Input {
+        let crates = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
+        let path = crates.join(path);
+        Input { label: "it".into(), kind: ArtifactKind::Adapter, path, origin: "it".into() }
+    }
+
+    /// A model with adapters that are to go on from PEFT's.
+    fn go_on(architecture: &str, change: Value) -> Result<BTreeMap<String, Tensor>, String> {
+        let Value::Object(change) = change else { unreachable!("tests pass objects") };
+        let params = json!({"rank": 3, "alpha": 6, "target_modules": "all-linear"});
+        let Value::Object(mut params) = params else { unreachable!("an object") };
+        params.extend(change);
+        let params = (StepDef::of::<Lora>().resolve)(params).unwrap();
+        let params = Lora::deserialize(&params).unwrap();
+        let base = golden(&format!("train/src/worker/golden/{architecture}"));
+        let config = Config::read(&base.path).unwrap();
+        let place = Place { device: Device::Cpu, compute: Kind::Float };
+        let mut model = frozen(&base, config, params.bits, place).unwrap();
+        attach(&mut model, &params, Device::Cpu).unwrap();
+        let from = golden(&format!("merge/tests/golden/{architecture}/first"));
+        go_on_from(&mut model, &params, &from).map_err(|error| {
+            let failure = error.downcast::<Failure>().unwrap();
+            format!("{}: {}", failure.message, failure.hint.unwrap_or_default())
+        })?;
+        Ok(adapter(&mut model))
+    }
+
+    #[test]
+    fn training_goes_on_from_an_adapter_of_peft() {
+        for architecture in ["llama", "phi3", "gemma3"] {
+            let folder = golden(&format!("merge/tests/golden/{architecture}/first"));
+            let theirs = Weights::open(&folder.path).unwrap();
+            let ours = go_on(architecture, json!({})).unwrap();
+            assert_eq!(ours.len(), theirs.names().count());
+            for (name, tensor) in ours {
+                let theirs = theirs.get(&name).unwrap().to_f32().unwrap();
+                assert!(tensor.requires_grad());
+                assert_eq!(Vec::<f32>::try_from(tensor.detach().reshape([-1])).unwrap(), theirs);
+            }
+        }
+    }
+
+    #[test]
+    fn an_adapter_of_another_shape_is_refused_by_name() {
+        for (change, message) in [
+            (
+                json!({"rank": 4}),
+                "it: `model.layers.0.self_attn.q_proj.weight` has rank 3 and scale 2, the recipe asks for 4 and 1.5: set `rank = 3` and `alpha = 6`, and `rslora = false`",
+            ),
+            (
+                json!({"target_modules": ["q_proj"]}),
+                "it: the adapter changes `model.layers.0.mlp.down_proj.weight`, which is no target of the recipe: add `down_proj` to `target_modules`",
+            ),
+            (
+                json!({"target_modules": ["all-linear", "lm_head"]}),
+                "it: the adapter does not change `lm_head.weight`: leave `lm_head` out of `target_modules`",
+            ),
+        ] {
+            assert_eq!(go_on("llama", change).unwrap_err(), message);
+        }
+    }
 }
