@@ -223,6 +223,65 @@ checkpoint_every = 5
     said(xtask(copy.path(), &["verify", "--rebuild", "killed/adapter"]));
 }
 
+/// QLoRA, going on from its adapter, both merged by weight, and all weights, with each optimiser.
+#[test]
+fn every_way_of_training_builds() {
+    let copy = Copy::new();
+    let recipe = r#"
+[qlora]
+step = "train/lora"
+base = "demo/base"
+dataset = "demo/dataset"
+bits = 4
+rank = 8
+alpha = 16
+rslora = true
+optimiser = "adamw-8bit"
+gradient_checkpointing = true
+packing = "always"
+epochs = 0.03
+batch_tokens = 512
+
+[further]
+step = "train/lora"
+base = "demo/base"
+dataset = "demo/dataset"
+adapter = "qlora"
+rank = 8
+alpha = 16
+rslora = true
+learning_rate = 2e-3
+epochs = 0.03
+batch_tokens = 512
+
+[average]
+step = "merge/lora"
+base = "demo/base"
+adapters = ["qlora", "further"]
+weights = { qlora = 0.4, further = 0.6 }
+
+[full]
+step = "train/full"
+base = "average"
+dataset = "demo/dataset"
+optimiser = "adafactor"
+learning_rate = 1e-4
+compute = "bfloat16"
+epochs = 0.03
+batch_tokens = 512
+"#;
+    fs::write(copy.path().join("recipes/ways.toml"), recipe).unwrap();
+    said(xtask(copy.path(), &["build", "ways"]));
+    let loss = |target: &str| {
+        let shown = said(xtask(copy.path(), &["--json", "show", target]));
+        let shown: Value = serde_json::from_str(&shown).unwrap();
+        shown["result"]["metrics"]["loss"].as_f64().unwrap_or_else(|| panic!("{shown}"))
+    };
+    let [first, second, third] = ["ways/qlora", "ways/further", "ways/full"].map(loss);
+    assert!(second < first && third < first, "{first} {second} {third}");
+    said(xtask(copy.path(), &["verify", "--rebuild", "ways/qlora"]));
+}
+
 /// Every step of the demo again, from empty folders: the same bytes, or an exit code.
 #[test]
 fn a_rebuild_gives_the_same_bytes() {

@@ -16,7 +16,7 @@ const LIBRARY: u64 = 156_000_000;
 /// CUDA's context and the work space of its products.
 const CONTEXT: u64 = 700_000_000;
 /// Logits at a time, as `worker/decoder.rs` has it.
-const TILE: u64 = 1 << 24;
+const TILE: u64 = 1 << 25;
 
 /// Everything is trained, and held in float32.
 fn all(config: &Config, training: &Training) -> Memory {
@@ -161,9 +161,9 @@ fn activations(config: &Config, training: &Training, width: u64) -> u64 {
         false => layers * layer,
     };
     let tokens = training.batch_tokens as u64;
-    // A tile of logits, their logarithms and the gradient, in float32.
+    // A tile of logits and their gradient, in float32.
     let logits = TILE.max(config.vocab_size as u64).min(tokens * config.vocab_size as u64);
-    tokens * layers + 3 * 4 * logits
+    tokens * layers + 2 * 4 * logits
 }
 
 #[cfg(test)]

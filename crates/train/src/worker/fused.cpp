@@ -256,15 +256,19 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
       const int64_t last = std::min(first + step, count);
       const auto part = [&](const Tensor& t) { return t.slice(0, first, last); };
       const Tensor rows = part(x);
-      const Tensor log_p =
-          at::_log_softmax(at::mm(rows, weight.t()).to(at::kFloat), 1, /*half_to_float=*/false);
+      // In place: there are never more than two tiles, the logarithms and their gradient.
+      Tensor log_p = at::mm(rows, weight.t());
+      log_p = log_p.to(at::kFloat);
+      at::_log_softmax_out(log_p, log_p, 1, /*half_to_float=*/false);
       const auto [miss, total] =
           at::nll_loss_forward(log_p, part(targets), {}, at::Reduction::None, -100);
       loss.add_(miss.dot(part(weights)));
       if (!of_x && !of_weight) continue;
       Tensor d = at::nll_loss_backward(share * part(weights), log_p, part(targets), {},
                                        at::Reduction::None, -100, total);
-      d = at::_log_softmax_backward_data(d, log_p, 1, at::kFloat).to(x.scalar_type());
+      at::_log_softmax_backward_data_out(d, d, log_p, 1, at::kFloat);
+      log_p = Tensor();
+      d = d.to(x.scalar_type());
       if (of_x && dx.defined()) part(dx).copy_(at::mm(d, weight));
       if (of_x && !dx.defined()) dx = at::mm(d, weight);
       if (of_weight && dw.defined()) dw.addmm_(d.t(), rows);
