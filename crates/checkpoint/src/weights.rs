@@ -117,6 +117,22 @@ impl Weights {
         })
     }
 
+    /// Lets the system have back the pages of a tensor that was copied: with all tensors copied one
+    /// by one, a model would else be in memory twice. It can still be read again.
+    pub fn let_go(&self, name: &str) {
+        #[cfg(unix)]
+        if let Some(file) = self.index.get(name).map(|i| &self.files[*i])
+            && let Some(info) = file.metadata.info(name)
+        {
+            let (from, to) = info.data_offsets;
+            // SAFETY: the pages are a file's and are never written: what is dropped is read again.
+            let _ = unsafe {
+                let advice = memmap2::UncheckedAdvice::DontNeed;
+                file.map.unchecked_advise_range(advice, file.start + from, to - from)
+            };
+        }
+    }
+
     /// Holds names, shapes and types to what `config` asks for.
     pub fn check(&self, config: &Config) -> Result<(), Error> {
         let expected: BTreeMap<_, _> = names::expected(config).into_iter().collect();

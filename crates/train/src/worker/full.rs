@@ -29,8 +29,7 @@ pub fn run(job: &Job) -> Result<()> {
     let weights = Weights::open(&base.path).map_err(Failure::from)?;
     weights.check(&config).map_err(Failure::from)?;
     let model = Decoder::new(config, place.compute, |name, _| {
-        let weight = weights.get(name).map_err(Failure::from)?;
-        let weight = tensor::from_bytes(weight.dtype, &weight.shape, weight.data)?;
+        let weight = tensor::read(&weights, name)?;
         Ok(weight.to_device(place.device).to_kind(Kind::Float).set_requires_grad(true))
     })?;
     drop(weights);

@@ -68,8 +68,7 @@ fn frozen(base: &Input, config: Config, bits: u8, place: Place) -> Result<Decode
     let weights = Weights::open(&base.path).map_err(Failure::from)?;
     weights.check(&config).map_err(Failure::from)?;
     Decoder::new(config, place.compute, |name, shape| {
-        let weight = weights.get(name).map_err(Failure::from)?;
-        let weight = tensor::from_bytes(weight.dtype, &weight.shape, weight.data)?;
+        let weight = tensor::read(&weights, name)?;
         // Like bitsandbytes: neither the embedding nor the head.
         let in_a_layer = shape.len() == 2 && ![names::EMBED, names::LM_HEAD].contains(&name);
         if bits == 4 && in_a_layer {

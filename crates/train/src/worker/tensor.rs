@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use checkpoint::weights::{Dtype, Spec, Writer};
+use checkpoint::weights::{Dtype, Spec, Weights, Writer};
 use step::Failure;
 use tch::{Kind, Tensor};
 
@@ -17,11 +17,13 @@ fn kind_of(dtype: Dtype) -> Result<Kind> {
     known.map(|(_, kind)| *kind).with_context(|| format!("no weight has the dtype {dtype:?}"))
 }
 
-/// A tensor of its own from a file's bytes.
-pub fn from_bytes(dtype: Dtype, shape: &[usize], data: &[u8]) -> Result<Tensor> {
-    let kind = kind_of(dtype)?;
-    let shape: Vec<i64> = shape.iter().map(|n| *n as i64).collect();
-    Ok(Tensor::f_from_data_size(data, &shape, kind)?)
+/// A weight out of a model folder, which lets go of it there.
+pub fn read(weights: &Weights, name: &str) -> Result<Tensor> {
+    let weight = weights.get(name).map_err(Failure::from)?;
+    let shape: Vec<i64> = weight.shape.iter().map(|n| *n as i64).collect();
+    let tensor = Tensor::f_from_data_size(weight.data, &shape, kind_of(weight.dtype)?)?;
+    weights.let_go(name);
+    Ok(tensor)
 }
 
 /// A tensor's elements as they lie in memory, whatever its device.

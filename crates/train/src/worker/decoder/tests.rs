@@ -33,11 +33,8 @@ fn model_in(architecture: &str, compute: Kind) -> Decoder {
     let config = Config::read(&dir).unwrap();
     let weights = Weights::open(&dir).unwrap();
     weights.check(&config).unwrap();
-    Decoder::new(config, compute, |name, _| {
-        let weight = weights.get(name).unwrap();
-        Ok(tensor::from_bytes(weight.dtype, &weight.shape, weight.data)?.to_kind(compute))
-    })
-    .unwrap()
+    Decoder::new(config, compute, |name, _| Ok(tensor::read(&weights, name)?.to_kind(compute)))
+        .unwrap()
 }
 
 fn expected(architecture: &str) -> HashMap<String, Tensor> {
