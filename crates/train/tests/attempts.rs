@@ -204,7 +204,7 @@ fn the_best_weights_are_those_of_the_lowest_validation_loss() {
     let card = String::from_utf8(runs.out("best").remove("README.md").unwrap()).unwrap();
     assert!(card.contains(&format!("{steps}; kept: step {kept}, of the lowest")), "{card}");
     let report = |name| fs::read_to_string(runs.dir.path().join("best/report").join(name)).unwrap();
-    assert!(report("loss.svg").contains(&format!("kept: step {kept}<")));
+    assert!(report("loss.svg").contains(&format!("kept: step {kept}, ")));
     for line in report("metrics.jsonl").lines() {
         let record: Value = serde_json::from_str(line).unwrap();
         for key in [

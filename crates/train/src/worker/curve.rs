@@ -42,8 +42,9 @@ pub fn svg(records: &[Record], kept: Option<usize>) -> String {
     );
     axes(&mut out, &scale);
     legend(&mut out, smooth.last(), held.last());
-    if let Some(step) = kept {
-        mark(&mut out, &scale, step);
+    if let Some(point) = held.iter().find(|(step, _)| kept.is_some_and(|kept| kept as f64 == *step))
+    {
+        mark(&mut out, &scale, *point);
     }
     path(&mut out, "raw", &scale, &thinned(&train));
     path(&mut out, "train", &scale, &thinned(&smooth));
@@ -155,14 +156,14 @@ fn legend(out: &mut String, train: Option<&(f64, f64)>, held: Option<&(f64, f64)
     }
 }
 
-fn mark(out: &mut String, scale: &Scale, step: usize) {
+fn mark(out: &mut String, scale: &Scale, (step, loss): (f64, f64)) {
     let [left, right, top, bottom] = FRAME;
-    let (x, _) = scale.place((step as f64, scale.low));
+    let (x, _) = scale.place((step, loss));
     let (at, anchor) = if x > (left + right) / 2.0 { (-6.0, "end") } else { (6.0, "start") };
     _ = writeln!(
         out,
         "<line class=\"kept\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{top}\" y2=\"{bottom}\"/>\
-         <text class=\"held-name\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"{anchor}\">kept: step {step}</text>",
+         <text class=\"held-name\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"{anchor}\">kept: step {step}, {loss:.4}</text>",
         x + at,
         top + 12.0
     );
