@@ -250,18 +250,27 @@ impl Moving {
             parts.push(format!("{}/{} {unit}", show(p.done), show(p.total)).trim_end().to_string());
             let gone = self.started.elapsed().as_secs_f64();
             if share > 0.02 && share < 1.0 && gone > 2.0 {
-                parts.push(format!("{} left", seconds(gone / share - gone)));
+                // Who goes on from a checkpoint knows better.
+                let left = p.values.get("seconds_left").copied();
+                parts.push(format!("{} left", seconds(left.unwrap_or(gone / share - gone))));
             }
         } else if p.done > 0 {
             parts.push(format!("{} {}", show(p.done), p.unit));
         }
-        for (name, value) in &p.values {
-            parts.push(match name.as_str() {
-                "loss" => format!("loss {value:.3} {}", sparkline(&self.losses)),
-                "tokens/s" => format!("{value:.0} tokens/s"),
-                other => format!("{other} {value:.3}"),
-            });
-        }
+        // What says most first: a narrow terminal cuts the end off.
+        const FIRST: [&str; 5] = ["loss", "tokens/s", "learning_rate", "grad_norm", "peak_memory"];
+        let place = |name: &str| FIRST.iter().position(|first| *first == name);
+        let mut values: Vec<_> =
+            p.values.iter().filter(|(name, _)| *name != "seconds_left").collect();
+        values.sort_by_key(|(name, _)| place(name).unwrap_or(FIRST.len()));
+        parts.extend(values.into_iter().map(|(name, value)| match name.as_str() {
+            "loss" => format!("loss {value:.3} {}", sparkline(&self.losses)),
+            "tokens/s" => format!("{value:.0} tokens/s"),
+            "learning_rate" => format!("rate {value:.1e}"),
+            "grad_norm" => format!("gradient {value:.2}"),
+            "peak_memory" => bytes(*value as u64),
+            other => format!("{other} {value:.3}"),
+        }));
         parts.join("  ")
     }
 }
@@ -413,6 +422,32 @@ impl<const N: usize> fmt::Display for Table<N> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn training_tells_what_says_most_first() {
+        let values = [
+            ("grad_norm", 0.517),
+            ("learning_rate", 2.5e-4),
+            ("loss", 1.25),
+            ("peak_memory", 2.5e9),
+            ("seconds_left", 250.0),
+            ("tokens/s", 1234.4),
+        ];
+        let progress = Progress {
+            phase: "train".into(),
+            done: 30,
+            total: 60,
+            unit: "steps".into(),
+            values: values.map(|(name, value)| (name.into(), value)).into(),
+        };
+        let started = Instant::now() - Duration::from_secs(9);
+        let moving = Moving { bar: None, losses: VecDeque::from([2.0, 1.25]), started };
+        assert_eq!(
+            moving.text(&progress),
+            "train  ━━━━━━━━━━──────────  50 %  30/60 steps  4 min 10 s left  loss 1.250 █▁  \
+             1234 tokens/s  rate 2.5e-4  gradient 0.52  2.5 GB"
+        );
+    }
 
     #[test]
     fn units_people_read() {

@@ -9,8 +9,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use step::Failure;
@@ -66,12 +67,25 @@ pub struct Running {
     groups: Mutex<HashSet<Pid>>,
 }
 
+/// How long a worker that is asked to end may take: a training writes a checkpoint.
+const GRACE: Duration = Duration::from_secs(10);
+
 impl Running {
-    /// Ends all that run, and all that would run from now on.
-    pub fn stop(&self) {
+    /// Ends all that run, and all that would run from now on: asks them first, and kills those that
+    /// are still there after a while. Waits for none of them.
+    pub fn stop(self: &Arc<Self>) {
         self.stopped.store(true, Ordering::SeqCst);
+        self.signal(Signal::TERM);
+        let running = self.clone();
+        std::thread::spawn(move || {
+            std::thread::sleep(GRACE);
+            running.signal(Signal::KILL);
+        });
+    }
+
+    fn signal(&self, signal: Signal) {
         for group in held(&self.groups).iter() {
-            let _ = kill_process_group(*group, Signal::KILL);
+            let _ = kill_process_group(*group, signal);
         }
     }
 
@@ -159,6 +173,7 @@ pub fn run(
     outcome.log.extend_from_slice(&said);
 
     if running.is_stopped() {
+        failure.iter().for_each(|failure| on(Said::Note(&failure.message)));
         return Err(Failure::environment("stopped"));
     }
     if let Some(failure) = failure {

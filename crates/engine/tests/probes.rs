@@ -232,6 +232,29 @@ fn a_stopped_build_keeps_what_is_made_and_leaves_nothing_running() {
 }
 
 #[test]
+fn a_step_that_is_stopped_may_keep_what_it_has_and_says_so() {
+    // The second one does not end by itself.
+    for (level, said) in [(0, vec!["begins", "stopped at row 3"]), (1, vec!["begins"])] {
+        let recipe =
+            format!("[c]\nstep = \"demo/careful\"\ntext = \"./rows.txt\"\nlevel = {level}\n");
+        let w = Workspace::new(&recipe);
+        let engine = w.engine();
+        let mut notes = Vec::new();
+        let outcome = engine.build(&w.graph(&engine, "r"), Options::default(), &mut |event| {
+            if let Event::Note { text, .. } = event {
+                if text == "begins" {
+                    engine.running().stop();
+                }
+                notes.push(text.to_string());
+            }
+        });
+        assert_eq!(outcome.unwrap().failed[0].1.to_string(), "r/c: stopped");
+        assert_eq!(notes, said);
+        assert_eq!(processes_of(w.dir.path()), [0_i32; 0]);
+    }
+}
+
+#[test]
 fn what_is_remembered_as_made_is_forgotten_with_any_change() {
     let w = Workspace::new("[a]\nstep = \"demo/upper\"\ntext = \"./in\"\n");
     w.write("recipes/in/rows.txt", "x");

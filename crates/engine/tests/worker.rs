@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -15,6 +16,7 @@ fn main() -> ExitCode {
         ("demo/lines", lines),
         ("demo/fail", fail),
         ("demo/slow", slow),
+        ("demo/careful", careful),
         ("demo/full", full),
         ("demo/babble", babble),
         ("demo/nosy", nosy),
@@ -52,6 +54,25 @@ fn slow(job: &Job) -> anyhow::Result<()> {
     std::fs::write(&out, read(job, "text")?)?;
     job.note("ends");
     Ok(())
+}
+
+/// Works until it is asked to end, and then keeps what it has; at level 1 it has no end.
+fn careful(job: &Job) -> anyhow::Result<()> {
+    static ASKED: AtomicBool = AtomicBool::new(false);
+    extern "C" fn note(_: libc::c_int) {
+        ASKED.store(true, Ordering::Relaxed);
+    }
+    // SAFETY: the handler does nothing but store to an atomic.
+    unsafe {
+        libc::signal(libc::SIGTERM, note as extern "C" fn(libc::c_int) as libc::sighandler_t)
+    };
+    job.note("begins");
+    while !ASKED.load(Ordering::Relaxed) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let end = if job.request.params["level"] == 1 { 600_000 } else { 100 };
+    std::thread::sleep(Duration::from_millis(end));
+    Err(Failure::environment("stopped at row 3").into())
 }
 
 /// Writes to the device that is always full.

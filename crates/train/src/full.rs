@@ -65,10 +65,12 @@ fn defaults() -> Value {
         "max_grad_norm": 1.0,
         "prompt_weight": 0.0,
         "packing": "auto",
+        "order": "random",
         "compute": "auto",
         "device": "auto",
         "seed": 0,
         "eval_every": 0,
+        "keep": "last",
         "checkpoint_every": 0,
     })
 }

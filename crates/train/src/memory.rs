@@ -16,7 +16,7 @@ const LIBRARY: u64 = 156_000_000;
 /// CUDA's context and the work space of its products.
 const CONTEXT: u64 = 700_000_000;
 /// Logits at a time, as `worker/decoder.rs` has it.
-const TILE: u64 = 1 << 24;
+const TILE: u64 = 1 << 25;
 
 /// Everything is trained, and held in float32.
 fn all(config: &Config, training: &Training) -> Memory {

@@ -46,11 +46,14 @@ macro_rules! training_step {
             /// Weight in the loss of a token that the dataset does not mark as supervised.
             pub prompt_weight: f64,
             pub packing: $crate::training::Packing,
+            pub order: $crate::training::Order,
             pub compute: $crate::training::Compute,
             pub device: $crate::training::Device,
             pub seed: u64,
             /// Optimiser steps between two measurements of the validation loss; 0: ten a run.
             pub eval_every: u64,
+            /// Which weights become the artifact.
+            pub keep: $crate::training::Keep,
             /// Optimiser steps between two checkpoints; 0: by the clock.
             pub checkpoint_every: u64,
         }
@@ -72,10 +75,12 @@ macro_rules! training_step {
                     max_grad_norm: self.max_grad_norm,
                     prompt_weight: self.prompt_weight,
                     packing: self.packing,
+                    order: self.order,
                     compute: self.compute,
                     device: self.device,
                     seed: self.seed,
                     eval_every: self.eval_every,
+                    keep: self.keep,
                     checkpoint_every: self.checkpoint_every,
                 }
             }
@@ -100,10 +105,12 @@ pub struct Training {
     pub max_grad_norm: f64,
     pub prompt_weight: f64,
     pub packing: Packing,
+    pub order: Order,
     pub compute: Compute,
     pub device: Device,
     pub seed: u64,
     pub eval_every: u64,
+    pub keep: Keep,
     pub checkpoint_every: u64,
 }
 
@@ -141,6 +148,31 @@ pub enum Packing {
     Always,
     /// Rows of like length under one another, padded to the longest.
     Never,
+}
+
+/// Which rows the first epoch begins with (Bengio et al., 2009). It goes through sixteen or more
+/// windows of rows, the easiest first, in each of which batches come by chance; so do all rows of
+/// later epochs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// Any.
+    Random,
+    /// Short ones.
+    Length,
+    /// Those of common tokens: by the mean of their tokens' inverse document frequency, a row of
+    /// the training split being a document.
+    Tfidf,
+}
+
+/// Which weights become the artifact.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Keep {
+    /// Those after the last step.
+    Last,
+    /// Those of the lowest validation loss, the earlier of two that are equal.
+    Best,
 }
 
 /// What activations and products are held in. What is trained is always held in float32.

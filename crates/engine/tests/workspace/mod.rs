@@ -37,6 +37,7 @@ demo_step!(Upper, "demo/upper", None);
 demo_step!(Lines, "demo/lines", None);
 demo_step!(Fail, "demo/fail", None);
 demo_step!(Slow, "demo/slow", Some(1));
+demo_step!(Careful, "demo/careful", Some(1));
 demo_step!(Full, "demo/full", None);
 demo_step!(Babble, "demo/babble", None);
 demo_step!(Nosy, "demo/nosy", None);
@@ -48,6 +49,7 @@ static FAMILY: Family = Family {
         StepDef::of::<Lines>(),
         StepDef::of::<Fail>(),
         StepDef::of::<Slow>(),
+        StepDef::of::<Careful>(),
         StepDef::of::<Full>(),
         StepDef::of::<Babble>(),
         StepDef::of::<Nosy>(),

@@ -21,11 +21,13 @@ path { fill: none; stroke-linejoin: round; stroke-linecap: round }
 .raw { stroke: var(--train); stroke-width: 1; opacity: .28 }
 .train { stroke: var(--train); stroke-width: 2.2 }
 .held { stroke: var(--held); stroke-width: 1.6; stroke-dasharray: 5 4 }
+.kept { stroke: var(--held); stroke-width: 1; stroke-dasharray: 1 4 }
 circle { fill: var(--held); stroke: var(--paper); stroke-width: 1.5 }
 .train-name { fill: var(--train) } .held-name { fill: var(--held) }";
 
-/// Training loss of each step, the same smoothed, validation loss as points.
-pub fn svg(records: &[Record]) -> String {
+/// Training loss of each step, the same smoothed, validation loss as points, and a line at the step
+/// whose weights were kept, where it was chosen.
+pub fn svg(records: &[Record], kept: Option<usize>) -> String {
     let train: Vec<_> = records.iter().map(|r| (r.step as f64, r.loss)).collect();
     let smooth = smoothed(&train);
     let held: Vec<_> =
@@ -40,6 +42,10 @@ pub fn svg(records: &[Record]) -> String {
     );
     axes(&mut out, &scale);
     legend(&mut out, smooth.last(), held.last());
+    if let Some(point) = held.iter().find(|(step, _)| kept.is_some_and(|kept| kept as f64 == *step))
+    {
+        mark(&mut out, &scale, *point);
+    }
     path(&mut out, "raw", &scale, &thinned(&train));
     path(&mut out, "train", &scale, &thinned(&smooth));
     path(&mut out, "held", &scale, &held);
@@ -150,6 +156,19 @@ fn legend(out: &mut String, train: Option<&(f64, f64)>, held: Option<&(f64, f64)
     }
 }
 
+fn mark(out: &mut String, scale: &Scale, (step, loss): (f64, f64)) {
+    let [left, right, top, bottom] = FRAME;
+    let (x, _) = scale.place((step, loss));
+    let (at, anchor) = if x > (left + right) / 2.0 { (-6.0, "end") } else { (6.0, "start") };
+    _ = writeln!(
+        out,
+        "<line class=\"kept\" x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"{top}\" y2=\"{bottom}\"/>\
+         <text class=\"held-name\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"{anchor}\">kept: step {step}, {loss:.4}</text>",
+        x + at,
+        top + 12.0
+    );
+}
+
 fn path(out: &mut String, class: &str, scale: &Scale, points: &[(f64, f64)]) {
     if points.len() < 2 {
         return;
@@ -206,6 +225,8 @@ mod tests {
             grad_norm: 0.0,
             tokens: 0,
             tokens_per_second: 0.0,
+            peak_memory: None,
+            seconds_left: 0.0,
             validation_loss,
         }
     }
@@ -217,7 +238,9 @@ mod tests {
             (1..=2000).map(|i| record(i, 7.0 / i as f64, (i % 200 == 0).then_some(0.1))).collect(),
             (1..=9).map(|i| record(i, 0.0, None)).collect(),
         ] {
-            let picture = svg(&records);
+            let kept = records.iter().find(|r| r.validation_loss.is_some()).map(|r| r.step);
+            let picture = svg(&records, kept);
+            assert_eq!(picture.contains("kept: step"), kept.is_some());
             assert!(!picture.contains("NaN") && !picture.contains("inf"), "{picture}");
             let held = records.iter().filter(|r| r.validation_loss.is_some()).count();
             assert_eq!(picture.matches("<circle").count(), held);

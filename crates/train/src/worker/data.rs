@@ -10,6 +10,7 @@ use serde::Deserialize;
 use step::Failure;
 use step::worker::{Input, Job};
 use tch::{Device, Kind, Tensor};
+use train::training::Order;
 
 use crate::decoder::{Batch, Packed};
 
@@ -172,6 +173,35 @@ impl Rows {
         (0..self.len()).map(|i| self.row(i).positions()).collect()
     }
 
+    /// How hard each row is, where rows come by that.
+    pub fn difficulty(&self, order: Order) -> Option<Vec<f64>> {
+        match order {
+            Order::Random => None,
+            Order::Length => Some(self.lengths().into_iter().map(|n| n as f64).collect()),
+            Order::Tfidf => Some(self.rarity()),
+        }
+    }
+
+    /// The mean over each row's tokens of ln(rows / rows that have the token): a token's weight in
+    /// tf–idf (Spärck Jones, 1972), summed over the row.
+    fn rarity(&self) -> Vec<f64> {
+        let tokens = self.ids.iter().max().map_or(0, |id| *id as usize + 1);
+        let mut having = vec![0_u32; tokens];
+        let mut seen_in = vec![usize::MAX; tokens];
+        for row in 0..self.len() {
+            for id in self.row(row).ids {
+                let id = *id as usize;
+                having[id] += u32::from(seen_in[id] != row);
+                seen_in[id] = row;
+            }
+        }
+        // Whole millionths: a sum that hangs neither on its order nor on a logarithm's last bit.
+        let rarity = |having: &u32| (1e6 * (self.len() as f64 / f64::from(*having)).ln()).round();
+        let rarity: Vec<f64> = having.iter().map(rarity).collect();
+        let of = |ids: &[i32]| ids.iter().map(|id| rarity[*id as usize]).sum::<f64>();
+        (0..self.len()).map(|row| self.row(row).ids).map(|ids| of(ids) / ids.len() as f64).collect()
+    }
+
     /// What the targets of `rows` count together.
     pub fn weight(&self, rows: &[u32], prompt_weight: f64) -> f64 {
         let targets = rows.iter().flat_map(|row| &self.row(*row as usize).supervised[1..]);
@@ -247,5 +277,24 @@ fn blocks(rows: &[Row], device: Device) -> Packed {
     Packed {
         positions: Tensor::from_slice(&positions).to_device(device),
         mask: same.tril(0).view([1, 1, length, length]).to_kind(Kind::Bool),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_common_tokens_are_easy() {
+        // Token 0 is in every row, 1 in two, 2 and 3 in one.
+        let ids = vec![0, 1, 0, 0, 1, 2, 0, 3, 3];
+        let rows = Rows::new("rows".into(), ids, vec![1; 9], vec![0, 3, 6, 9]).unwrap();
+        let (two, one) = (1.5_f64.ln(), 3.0_f64.ln());
+        let expected = [two / 3.0, (two + one) / 3.0, 2.0 * one / 3.0];
+        for (found, expected) in rows.difficulty(Order::Tfidf).unwrap().iter().zip(expected) {
+            assert!((found / 1e6 - expected).abs() < 1e-6, "{found} {expected}");
+        }
+        assert_eq!(rows.difficulty(Order::Length), Some(vec![2.0; 3]));
+        assert_eq!(rows.difficulty(Order::Random), None);
     }
 }

@@ -60,8 +60,8 @@ pub struct Decoder {
     frequencies_near: Option<Frequencies>,
 }
 
-/// Logits at a time: 64 MB of them, and as much again of their gradient.
-const TILE: usize = 1 << 24;
+/// Logits at a time: 128 MB of them, and as much again of their gradient.
+const TILE: usize = 1 << 25;
 
 impl Decoder {
     /// Builds the model from `weight(name, shape)`, which is asked for each tensor in the order of

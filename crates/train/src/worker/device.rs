@@ -58,6 +58,17 @@ fn load_cuda() -> bool {
     })
 }
 
+/// The most bytes that training has held at once: of the CUDA device, else of the processor's
+/// memory. None where nobody tells.
+pub fn peak_memory(device: Device) -> Option<u64> {
+    if let Device::Cuda(index) = device {
+        return shim::peak_memory(index);
+    }
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kib: u64 = field(&text, "VmHWM")?.strip_suffix(" kB")?.parse().ok()?;
+    Some(1024 * kib)
+}
+
 fn cpu_name() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     field(&text, "model name").unwrap_or("cpu").to_string()

@@ -219,13 +219,19 @@ fn card(
     out.push_str("library_name: peft\npipeline_tag: text-generation\ntags:\n- lora\n---\n\n");
     out.push_str("# LoRA adapter\n\nTrained by Anneal with `train/lora`.\n\n| | |\n|---|---|\n");
     let held = outcome.validation_loss.map(|loss| format!("{loss:.4}"));
+    let steps = match outcome.kept {
+        Some(kept) => {
+            format!("{}; kept: step {kept}, of the lowest validation loss", outcome.steps)
+        }
+        None => outcome.steps.to_string(),
+    };
     for (name, value) in [
         ("rank, alpha", format!("{}, {}", params.rank, params.alpha)),
         ("dropout", params.dropout.to_string()),
         ("target modules", targets.join(", ")),
         ("learning rate", params.learning_rate.to_string()),
         ("epochs", params.epochs.to_string()),
-        ("optimiser steps", outcome.steps.to_string()),
+        ("optimiser steps", steps),
         ("rows", data.train.len().to_string()),
         ("tokens seen", outcome.tokens.to_string()),
         ("training loss", format!("{:.4}", outcome.loss)),

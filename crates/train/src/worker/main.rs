@@ -17,6 +17,7 @@ mod plan;
 mod pretrain;
 mod resume;
 mod shim;
+mod stop;
 mod tensor;
 mod update;
 

@@ -22,12 +22,16 @@ pub struct Plan {
 /// order of the data stays random.
 const WINDOW: usize = 4096;
 
+/// The fewest windows that an epoch of rising difficulty has.
+const LEVELS: usize = 16;
+
 /// `auto` packs when padding would be more than this share of all positions.
 const MOST_PADDING: f64 = 0.2;
 
 impl Plan {
     /// `lengths`: positions of each row (its tokens, less the last one, which is only predicted).
-    pub fn new(lengths: &[usize], training: &Training) -> Self {
+    /// `difficulty`: of each row, where the first epoch begins with easy ones.
+    pub fn new(lengths: &[usize], difficulty: Option<&[f64]>, training: &Training) -> Self {
         let mut random = Random::new(training.seed);
         let epochs: Vec<Vec<u32>> = epochs(lengths.len(), training.epochs)
             .map(|rows| {
@@ -39,15 +43,26 @@ impl Plan {
             .collect();
         let packed = decide(lengths, training.packing, training.batch_tokens);
         let mut micros = Vec::new();
-        for order in epochs {
-            let mut batches = if packed {
-                pack(order, lengths, training.batch_tokens)
-            } else {
-                let windows = order.chunks(WINDOW).map(<[u32]>::to_vec);
-                windows.flat_map(|w| bucket(w, lengths, training.batch_tokens)).collect()
-            };
-            random.shuffle(&mut batches);
-            micros.append(&mut batches);
+        let batches = |window: &[u32]| match packed {
+            true => pack(window.to_vec(), lengths, training.batch_tokens),
+            false => bucket(window.to_vec(), lengths, training.batch_tokens),
+        };
+        for (epoch, mut order) in epochs.into_iter().enumerate() {
+            if let Some(difficulty) = difficulty.filter(|_| epoch == 0) {
+                let of = |row: &u32| difficulty[*row as usize];
+                order.sort_by(|a, b| of(a).total_cmp(&of(b))); // stable: equal ones by chance
+                let window = order.len().div_ceil(LEVELS).clamp(1, WINDOW);
+                for level in order.chunks(window) {
+                    let mut level = batches(level);
+                    random.shuffle(&mut level);
+                    micros.append(&mut level);
+                }
+                continue;
+            }
+            let window = if packed { usize::MAX } else { WINDOW };
+            let mut epoch: Vec<Micro> = order.chunks(window).flat_map(batches).collect();
+            random.shuffle(&mut epoch);
+            micros.append(&mut epoch);
         }
         let steps = micros.chunks(training.gradient_accumulation).map(<[Micro]>::to_vec).collect();
         Self { packed, steps }
@@ -157,6 +172,80 @@ impl Random {
             // The product's high half: uniform but for a bias of 2⁻⁶⁴ · i.
             let j = ((u128::from(self.next()) * (i as u128 + 1)) >> 64) as usize;
             items.swap(i, j);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+    use serde_json::{Value, json};
+    use step::StepDef;
+
+    use super::*;
+
+    const ROWS: usize = 200;
+
+    fn lengths() -> Vec<usize> {
+        (0..ROWS).map(|row| 3 + row * 37 % 61).collect()
+    }
+
+    fn training(packing: &str, seed: u64, epochs: f64) -> Training {
+        let params = json!({
+            "packing": packing, "seed": seed, "epochs": epochs, "batch_tokens": 128,
+            "gradient_accumulation": 1,
+        });
+        let Value::Object(params) = params else { unreachable!("an object") };
+        let params = (StepDef::of::<train::Lora>().resolve)(params).unwrap();
+        train::Lora::deserialize(&params).unwrap().training()
+    }
+
+    fn rows(plan: &Plan) -> Vec<usize> {
+        plan.steps.iter().flatten().flatten().map(|row| *row as usize).collect()
+    }
+
+    /// A change of these makes other models of old recipes.
+    #[test]
+    fn plans_by_chance_are_what_they_were() {
+        let runs = [("never", 0, 1.0), ("never", 7, 2.25), ("always", 0, 1.5)];
+        let digests = runs.map(|(packing, seed, epochs)| {
+            let training = training(packing, seed, epochs);
+            let plan = Plan::new(&lengths(), None, &training);
+            plan.digest().to_hex()[..16].to_string()
+        });
+        assert_eq!(digests, ["df6bf601081790b6", "7748f8ae182195c3", "df6cf9f8f1b0631e"]);
+    }
+
+    #[test]
+    fn an_epoch_sees_each_row_once_the_easiest_window_first() {
+        let difficulty: Vec<f64> = (0..ROWS).map(|row| (row * 71 % ROWS) as f64).collect();
+        for packing in ["never", "always"] {
+            let plan = |seed, epochs| {
+                Plan::new(&lengths(), Some(&difficulty), &training(packing, seed, epochs))
+            };
+            let two = rows(&plan(0, 2.0));
+            for epoch in two.chunks(ROWS) {
+                let mut sorted = epoch.to_vec();
+                sorted.sort_unstable();
+                assert_eq!(sorted, (0..ROWS).collect::<Vec<_>>(), "{packing}");
+            }
+            let rises = |rows: &[usize]| {
+                let levels = rows.chunks(rows.len().div_ceil(LEVELS));
+                let levels = levels.map(|level| level.iter().map(|row| difficulty[*row]));
+                let ends = levels.flat_map(|level| {
+                    [level.clone().fold(f64::MAX, f64::min), level.fold(0.0, f64::max)]
+                });
+                ends.is_sorted()
+            };
+            let half = rows(&plan(0, 0.5));
+            assert_eq!(half.len(), ROWS / 2);
+            for (rows, easiest_first) in
+                [(&two[..ROWS], true), (&two[ROWS..], false), (&half, true)]
+            {
+                assert_eq!(rises(rows), easiest_first, "{packing}");
+            }
+            assert_eq!(plan(3, 1.0), plan(3, 1.0));
+            assert_ne!(plan(3, 1.0), plan(4, 1.0));
         }
     }
 }

@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -46,6 +47,28 @@ impl Checkpoint {
             .and_then(|file| file.sync_all())
             .and_then(|()| fs::rename(&new, &self.path))
             .with_context(|| format!("cannot write {}", self.path.display()))
+    }
+
+    /// Keeps the last checkpoint as the best, whatever follows.
+    ///
+    /// It links that file, once it is there: whenever the run is killed, the best of the steps up
+    /// to its last checkpoint is the file under that name, or the last checkpoint itself.
+    pub fn keep_as_best(&self) -> Result<()> {
+        let (best, new) = (self.best(), self.best().with_extension("new"));
+        let gone = fs::remove_file(&new);
+        gone.or_else(|e| if e.kind() == ErrorKind::NotFound { Ok(()) } else { Err(e) })
+            .and_then(|()| fs::hard_link(&self.path, &new))
+            .and_then(|()| fs::rename(&new, &best))
+            .with_context(|| format!("cannot write {}", best.display()))
+    }
+
+    /// As [`Self::load`], from the checkpoint that was kept as the best.
+    pub fn load_best(&self, optimiser: &mut Optimiser) -> Result<Option<usize>> {
+        Self { path: self.best(), run: self.run.clone() }.load(optimiser)
+    }
+
+    fn best(&self) -> PathBuf {
+        self.path.with_file_name("best.safetensors")
     }
 
     /// Puts the last checkpoint's state into `optimiser`. Returns the steps that are done: none if

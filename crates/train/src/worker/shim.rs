@@ -22,6 +22,12 @@ pub fn backward(output: &Tensor, gradient: &Tensor) -> Result<()> {
     }
 }
 
+/// The most bytes that libtorch has held of a CUDA device at once, where it tells.
+pub fn peak_memory(device: usize) -> Option<u64> {
+    let device = c_int::try_from(device).ok()?;
+    u64::try_from(unsafe { anneal_peak_memory(device) }).ok()
+}
+
 /// The version of libtorch that this was compiled against.
 pub fn libtorch_version() -> String {
     unsafe { CStr::from_ptr(anneal_libtorch_version()) }.to_string_lossy().into_owned()
@@ -45,6 +51,7 @@ pub fn failure() -> anyhow::Error {
 unsafe extern "C" {
     fn anneal_error() -> *const c_char;
     fn anneal_libtorch_version() -> *const c_char;
+    fn anneal_peak_memory(device: c_int) -> i64;
     fn anneal_deterministic(strict: c_int);
     fn anneal_backward(output: *const C_tensor, gradient: *const C_tensor) -> c_int;
 }
