@@ -38,7 +38,7 @@ pub enum Command {
         #[arg(long)]
         no_sandbox: bool,
     },
-    /// What would run, and why.
+    /// What would run, and why; of a single target, with which parameters.
     Plan(Targets),
     /// Which field differs from what was built last.
     Why { target: String },

@@ -135,13 +135,19 @@ fn plan(engine: &Engine, targets: &Targets, json: bool) -> anyhow::Result<ExitCo
     let graph = resolve(engine, targets)?;
     let plan = engine.plan(&graph)?;
     if json {
-        for planned in &plan.targets {
-            println!("{}", plan_json(planned));
+        for (planned, node) in plan.targets.iter().zip(&graph.nodes) {
+            let mut line = plan_json(planned);
+            line["params"] = node.params.clone();
+            println!("{line}");
         }
     } else {
         print!("{}", plan_text(&plan));
         for (tool, detail) in to_fetch(engine, &graph, &plan) {
             println!("to fetch: {tool} {detail}");
+        }
+        for node in graph.nodes.iter().filter(|node| targets.targets.contains(&node.id.to_string()))
+        {
+            print!("{}", resolved(node));
         }
     }
     let blocked = plan.targets.iter().any(|p| matches!(p.status, Status::Blocked(_)));
@@ -166,6 +172,13 @@ fn to_fetch(engine: &Engine, graph: &Graph, plan: &Plan) -> BTreeMap<String, Str
         Some((node.id.to_string(), display::bytes(size)))
     });
     tools.chain(sources).collect()
+}
+
+/// What a step was given, with what its preset and its defaults fill in, as a recipe spells it.
+fn resolved(node: &engine::Node) -> String {
+    let params = node.params.as_object().into_iter().flatten();
+    let lines: String = params.map(|(key, value)| format!("  {key} = {value}\n")).collect();
+    format!("\n{}, with all that its recipe leaves out:\n{lines}", node.id)
 }
 
 fn plan_json(planned: &engine::Planned) -> serde_json::Value {

@@ -12,7 +12,9 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <optional>
 
 #include "blockwise.h"
@@ -237,6 +239,59 @@ struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
   }
 };
 
+// eˣ for x ≤ 0, to two units in the last place: 2ⁿ · eʳ with |r| ≤ ln 2 / 2 and Cephes' polynomial
+// (expf.c). A loop over it becomes vector instructions, which one over std::exp does not.
+inline float exp_below(float x) {
+  x = std::max(x, -87.0f);
+  const float n = std::floor(x * 1.44269504088896341f + 0.5f);
+  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                        5.0000001201e-1f})
+    p = p * r + c;
+  const float fraction = p * r * r + r + 1;
+  const int32_t bits = (int32_t(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof power);
+  return fraction * power;
+}
+
+// A row of logits becomes the gradient of share · -ln p(target), in place. Returns -ln p(target).
+BEST_TARGET float softmax_row(at::BFloat16* row, int64_t size, int64_t target, float share) {
+  float most[LANES], sums[LANES] = {0};
+  std::fill(most, most + LANES, -INFINITY);
+  const int64_t whole = size / LANES * LANES;
+  for (int64_t i = 0; i < whole; i += LANES)
+    for (int lane = 0; lane < LANES; lane++) most[lane] = std::max(most[lane], float(row[i + lane]));
+  for (int64_t i = whole; i < size; i++) most[0] = std::max(most[0], float(row[i]));
+  const float largest = *std::max_element(most, most + LANES);
+  for (int64_t i = 0; i < whole; i += LANES)
+    for (int lane = 0; lane < LANES; lane++) sums[lane] += exp_below(float(row[i + lane]) - largest);
+  for (int64_t i = whole; i < size; i++) sums[0] += exp_below(float(row[i]) - largest);
+  const float total = sum(sums), miss = std::log(total) - (float(row[target]) - largest);
+  const float scale = share / total;
+  const float at_target = exp_below(float(row[target]) - largest) * scale - share;
+  for (int64_t i = 0; i < size; i++) row[i] = exp_below(float(row[i]) - largest) * scale;
+  row[target] = at_target;
+  return miss;
+}
+
+// Of all rows of a tile of logits, on the processor.
+Tensor softmax_rows(Tensor& logits, const Tensor& targets, const Tensor& shares) {
+  const int64_t rows = logits.size(0), size = logits.size(1);
+  Tensor miss = at::empty({rows}, shares.options());
+  at::BFloat16* from = logits.mutable_data_ptr<at::BFloat16>();
+  const Tensor which = targets.contiguous(), share = shares.contiguous();
+  const int64_t* target = which.const_data_ptr<int64_t>();
+  const float* of = data(share);
+  float* to = data(miss);
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++)
+      to[row] = softmax_row(from + row * size, size, target[row], of[row]);
+  });
+  return miss;
+}
+
 // Σᵢ weightᵢ · -ln p(targetᵢ | xᵢ) / divisor, where p is the softmax of x·Wᵀ in float32.
 //
 // So many rows at a time as their logits come to `tile` numbers: with a vocabulary of 262,144 all
@@ -256,19 +311,24 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
       const int64_t last = std::min(first + step, count);
       const auto part = [&](const Tensor& t) { return t.slice(0, first, last); };
       const Tensor rows = part(x);
-      // In place: there are never more than two tiles, the logarithms and their gradient.
-      Tensor log_p = at::mm(rows, weight.t());
-      log_p = log_p.to(at::kFloat);
-      at::_log_softmax_out(log_p, log_p, 1, /*half_to_float=*/false);
-      const auto [miss, total] =
-          at::nll_loss_forward(log_p, part(targets), {}, at::Reduction::None, -100);
-      loss.add_(miss.dot(part(weights)));
-      if (!of_x && !of_weight) continue;
-      Tensor d = at::nll_loss_backward(share * part(weights), log_p, part(targets), {},
-                                       at::Reduction::None, -100, total);
-      at::_log_softmax_backward_data_out(d, d, log_p, 1, at::kFloat);
-      log_p = Tensor();
-      d = d.to(x.scalar_type());
+      Tensor d = at::mm(rows, weight.t());
+      if (d.is_cpu() && d.scalar_type() == at::kBFloat16) {
+        const Tensor miss = softmax_rows(d, part(targets), share * part(weights));
+        loss.add_(miss.dot(part(weights)));
+        if (!of_x && !of_weight) continue;
+      } else {
+        // In place: there are never more than two tiles, the logarithms and their gradient.
+        Tensor log_p = d.to(at::kFloat);
+        at::_log_softmax_out(log_p, log_p, 1, /*half_to_float=*/false);
+        const auto [miss, total] =
+            at::nll_loss_forward(log_p, part(targets), {}, at::Reduction::None, -100);
+        loss.add_(miss.dot(part(weights)));
+        if (!of_x && !of_weight) continue;
+        d = at::nll_loss_backward(share * part(weights), log_p, part(targets), {},
+                                  at::Reduction::None, -100, total);
+        at::_log_softmax_backward_data_out(d, d, log_p, 1, at::kFloat);
+        d = d.to(x.scalar_type());
+      }
       if (of_x && dx.defined()) part(dx).copy_(at::mm(d, weight));
       if (of_x && !dx.defined()) dx = at::mm(d, weight);
       if (of_weight && dw.defined()) dw.addmm_(d.t(), rows);

@@ -267,6 +267,30 @@ mod tests {
     }
 
     #[test]
+    fn a_loss_in_16_bits_is_that_of_its_logits() {
+        tch::manual_seed(9);
+        let half = |t: Tensor| t.to_kind(Kind::BFloat16).detach().set_requires_grad(true);
+        let x = half(Tensor::randn([21, 16], (Kind::Float, Device::Cpu)));
+        let w = half(Tensor::randn([999, 16], (Kind::Float, Device::Cpu)) * 2.0);
+        let targets = Tensor::randint(999, [21], (Kind::Int64, Device::Cpu));
+        let weights = Tensor::rand([21], (Kind::Float, Device::Cpu));
+        let logits = x.linear::<Tensor>(&w, None).to_kind(Kind::Float);
+        let each = tch::Reduction::None;
+        let miss = logits.cross_entropy_loss::<Tensor>(&targets, None, each, -100, 0.0);
+        let expected = miss.dot(&weights) / 3.0;
+        let theirs = gradients(&expected, &[&x, &w]);
+        for tile in [21 * 999, 4 * 999] {
+            let ours = cross_entropy(&x, &w, &targets, &weights, 3.0, tile);
+            assert!(ours.allclose(&expected, 1e-5, 1e-5, false), "{ours} {expected}");
+            for (ours, theirs) in gradients(&ours, &[&x, &w]).iter().zip(&theirs) {
+                let [ours, theirs] = [ours, theirs].map(|t| t.to_kind(Kind::Float));
+                let error = (&ours - &theirs).abs().max().double_value(&[]);
+                assert!(error <= 1e-2 * theirs.abs().max().double_value(&[]), "{tile}: {error}");
+            }
+        }
+    }
+
+    #[test]
     fn threads_do_not_matter() {
         tch::manual_seed(4);
         let (x, w) = (leaf(&[1000, 64]), leaf(&[64]));
