@@ -239,48 +239,68 @@ struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
   }
 };
 
-// eˣ for x ≤ 0, to two units in the last place: 2ⁿ · eʳ with |r| ≤ ln 2 / 2 and Cephes' polynomial
-// (expf.c). A loop over it becomes vector instructions, which one over std::exp does not.
-inline float exp_below(float x) {
-  x = std::max(x, -87.0f);
-  const float n = std::floor(x * 1.44269504088896341f + 0.5f);
-  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                        5.0000001201e-1f})
-    p = p * r + c;
-  const float fraction = p * r * r + r + 1;
-  const int32_t bits = (int32_t(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return fraction * power;
+INLINE float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
-// A row of logits becomes the gradient of share · -ln p(target), in place. Returns -ln p(target).
-BEST_TARGET float softmax_row(at::BFloat16* row, int64_t size, int64_t target, float share) {
+INLINE uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+// Between bfloat16 and float32, without at::BFloat16's care for NaN, over which no loop becomes
+// vector instructions.
+INLINE float wide(uint16_t half) { return from_bits(uint32_t(half) << 16); }
+INLINE uint16_t narrow(float x) {
+  const uint32_t bits = to_bits(x);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// eˣ for x ≤ 0, to a unit in the last place: 2ⁿ · eʳ with |r| ≤ ln 2 / 2, by Cephes' polynomial
+// (expf.c). Adding 1.5 · 2²³ rounds to a whole n, and leaves it in the lowest bits.
+INLINE float exp_below(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504088896341f + 12582912.0f, n = shifted - 12582912.0f;
+  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return from_bits(to_bits(p * r * r + r + 1) + (to_bits(shifted) << 23));
+}
+
+// A row of logits in bfloat16 becomes the gradient of share · -ln p(target), in place. Returns
+// -ln p(target).
+BEST_TARGET float softmax_row(uint16_t* row, int64_t size, int64_t target, float share) {
+  const int64_t whole = size / LANES * LANES;
   float most[LANES], sums[LANES] = {0};
   std::fill(most, most + LANES, -INFINITY);
-  const int64_t whole = size / LANES * LANES;
   for (int64_t i = 0; i < whole; i += LANES)
-    for (int lane = 0; lane < LANES; lane++) most[lane] = std::max(most[lane], float(row[i + lane]));
-  for (int64_t i = whole; i < size; i++) most[0] = std::max(most[0], float(row[i]));
-  const float largest = *std::max_element(most, most + LANES);
+    for (int lane = 0; lane < LANES; lane++) {
+      const float x = wide(row[i + lane]);
+      most[lane] = x > most[lane] ? x : most[lane];
+    }
+  for (int64_t i = whole; i < size; i++) most[0] = std::max(most[0], wide(row[i]));
+  const float largest = *std::max_element(most, most + LANES), at = wide(row[target]) - largest;
   for (int64_t i = 0; i < whole; i += LANES)
-    for (int lane = 0; lane < LANES; lane++) sums[lane] += exp_below(float(row[i + lane]) - largest);
-  for (int64_t i = whole; i < size; i++) sums[0] += exp_below(float(row[i]) - largest);
-  const float total = sum(sums), miss = std::log(total) - (float(row[target]) - largest);
-  const float scale = share / total;
-  const float at_target = exp_below(float(row[target]) - largest) * scale - share;
-  for (int64_t i = 0; i < size; i++) row[i] = exp_below(float(row[i]) - largest) * scale;
-  row[target] = at_target;
-  return miss;
+    for (int lane = 0; lane < LANES; lane++) sums[lane] += exp_below(wide(row[i + lane]) - largest);
+  for (int64_t i = whole; i < size; i++) sums[0] += exp_below(wide(row[i]) - largest);
+  const float total = sum(sums), scale = share / total;
+  for (int64_t i = 0; i < size; i++) row[i] = narrow(exp_below(wide(row[i]) - largest) * scale);
+  row[target] = narrow(exp_below(at) * scale - share);
+  return std::log(total) - at;
 }
 
 // Of all rows of a tile of logits, on the processor.
 Tensor softmax_rows(Tensor& logits, const Tensor& targets, const Tensor& shares) {
   const int64_t rows = logits.size(0), size = logits.size(1);
   Tensor miss = at::empty({rows}, shares.options());
-  at::BFloat16* from = logits.mutable_data_ptr<at::BFloat16>();
+  uint16_t* from = reinterpret_cast<uint16_t*>(logits.mutable_data_ptr<at::BFloat16>());
   const Tensor which = targets.contiguous(), share = shares.contiguous();
   const int64_t* target = which.const_data_ptr<int64_t>();
   const float* of = data(share);

@@ -41,3 +41,6 @@ auto guarded(F&& body) {
 #else
 #define BEST_TARGET
 #endif
+
+// Small functions inside such loops: one that is called, and not inlined, has no vector instructions.
+#define INLINE [[gnu::always_inline]] inline
