@@ -51,7 +51,6 @@ fn gigabytes(bytes: u64) -> String {
 /// Why a step cannot fit on this machine, if that is known.
 pub(crate) fn too_large(needs: &Needs) -> Option<TooLarge> {
     needs.memory?;
-    // Asked for only where something may not fit: it starts a process.
     let gpu = if needs.accelerator { gpu_memory() } else { None };
     does_not_fit(needs, memory_of_all(), gpu)
 }
@@ -86,7 +85,7 @@ fn memory_of_all() -> u64 {
     })
 }
 
-/// Bytes of the first GPU's memory, if there is one that CUDA can use.
+/// Bytes of the first GPU's memory, if there is one that CUDA can use. Asks another process, once.
 fn gpu_memory() -> Option<u64> {
     static KNOWN: OnceLock<Option<u64>> = OnceLock::new();
     *KNOWN.get_or_init(|| {

@@ -13,7 +13,6 @@ use checkpoint::weights::{Dtype, Spec, TensorRef, Weights, Writer};
 use half::{bf16, f16};
 use merge::lora::{self, Lora};
 use rayon::prelude::*;
-use serde_json::{Value, json};
 use step::Failure;
 use step::worker::{Job, Progress};
 
@@ -282,6 +281,7 @@ impl Kept {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::{Value, json};
     use std::path::Path;
     use step::Kind;
     use step::worker::{Input, Mode, Request};

@@ -11,8 +11,10 @@ use step::StepDef;
 use super::*;
 use crate::blockwise::Nf4;
 use crate::data::Rows;
+use crate::fit::gradients;
 use crate::linear::Lora;
 use crate::optimiser::{Optimiser, Trainable};
+use crate::plan::Plan;
 use crate::tensor;
 
 const ARCHITECTURES: [&str; 7] =
@@ -156,6 +158,36 @@ fn packed_rows_lose_what_they_lose_alone() {
         for packed in [true, false] {
             let together = loss(&rows, &[0, 1, 2], packed);
             assert!((together - alone).abs() <= 1e-5 * alone, "{architecture}: {together} {alone}");
+        }
+    }
+}
+
+/// Rows of unlike length, some of them with a prompt that is not supervised.
+#[test]
+fn micro_batches_together_are_one_batch() {
+    let params = json!({"dropout": 0.0, "prompt_weight": 0.25});
+    let Value::Object(params) = params else { unreachable!("an object") };
+    let params = (StepDef::of::<train::Lora>().resolve)(params).unwrap();
+    let training = train::Lora::deserialize(&params).unwrap().training();
+    let ids: Vec<i32> = (0..47).map(|i| (i * 29 + 5) % 48).collect();
+    let supervised = (0..47).map(|i| u8::from(i % 5 > 1)).collect();
+    let rows = Rows::new("rows".into(), ids, supervised, vec![0, 21, 30, 47]).unwrap();
+    let (mut model, expected) = (model("mistral"), expected("mistral"));
+    let mut leaves = adapt(&mut model, &expected);
+    let mut gradient = |packed, micros: &[&[u32]]| {
+        let micros = micros.iter().map(|rows| rows.to_vec()).collect();
+        let plan = Plan { packed, steps: vec![micros] };
+        let loss = gradients(&model, &rows, &plan, 0, &training, Device::Cpu).unwrap();
+        let all: Vec<Tensor> = leaves.iter().map(|(_, leaf)| leaf.grad().copy()).collect();
+        leaves.iter_mut().for_each(|(_, leaf)| leaf.zero_grad());
+        (loss, all)
+    };
+    let (loss, one) = gradient(false, &[&[0, 1, 2]]);
+    for packed in [false, true] {
+        let (other, several) = gradient(packed, &[&[2], &[0, 1]]);
+        assert!(distance(&other, &loss) <= 1e-6);
+        for (one, several) in one.iter().zip(&several) {
+            assert!(distance(several, one) <= 1e-5);
         }
     }
 }
