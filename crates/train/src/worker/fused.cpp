@@ -6,6 +6,7 @@
 // and on the CPU. Results do not depend on the number of threads: rows are divided among them, and
 // sums over rows are cut at fixed places.
 
+#include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Reduction.h>
@@ -15,7 +16,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <optional>
+#include <utility>
 
 #include "blockwise.h"
 #include "shim.h"
@@ -169,11 +172,49 @@ struct Frozen {
   }
 };
 
+// lowbias32 of Wellons's hash-prospector: every bit of the result hangs on every bit of x.
+INLINE uint32_t mixed(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7feb352d;
+  x = (x ^ x >> 15) * 0x846ca68b;
+  return x ^ x >> 16;
+}
+
+BEST_TARGET void drop(const float* x, float* y, int64_t count, uint32_t key, uint32_t least,
+                      float scale) {
+  for (int64_t i = 0; i < count; i++) y[i] = mixed(uint32_t(i) ^ key) < least ? 0 : x[i] * scale;
+}
+
+// x, float32, with each number dropped by a chance that the seed decides, the others larger for it.
+Tensor dropped(const Tensor& x, double dropout, int64_t seed) {
+  if (dropout == 0) return x;
+  const double scale = 1 / (1 - dropout);
+  if (!x.is_cpu()) {
+    at::Generator chance = at::globalContext().defaultGenerator(x.device()).clone();
+    chance.set_current_seed(seed);
+    return at::mul(x, at::empty_like(x, at::kBool).bernoulli_(1 - dropout, chance)).mul_(scale);
+  }
+  // A hash of each place: libtorch's generator takes one number after another, 20 ns each.
+  const Tensor whole = x.contiguous();
+  const int64_t width = x.size(-1), rows = x.numel() / width;
+  Tensor y = at::empty_like(whole);
+  const float* from = data(std::as_const(whole));
+  float* to = data(y);
+  const uint32_t least = uint32_t(dropout * 4294967296.0), high = uint32_t(uint64_t(seed) >> 32);
+  at::parallel_for(0, rows, ROWS_A_CHUNK, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      const uint32_t key = mixed(mixed(uint32_t(row) ^ uint32_t(seed)) + high);
+      drop(from + row * width, to + row * width, width, key, least, float(scale));
+    }
+  });
+  return y;
+}
+
 // y = x·Wᵀ + bias + scale · (dropped x·Aᵀ)·Bᵀ with a frozen W.
 //
 // A and B are float32. Where x is not, it is taken up to float32 for them, added to there, and
 // rounded once, as PEFT does; but what is kept for the way back is x itself: neither the copy in
-// float32 nor a W out of NF4.
+// float32 nor a W out of NF4, nor which numbers were dropped, which is found out again. (As masks
+// they would take little, but lie between the large tensors, so that nothing large fits there.)
 struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
   static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight,
                         const Maybe& scales, const Maybe& steps, const Maybe& offset,
@@ -182,56 +223,64 @@ struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
     const at::ScalarType kind = x.scalar_type();
     const Frozen frozen{weight, scales.value_or(Tensor()), steps.value_or(Tensor()),
                         offset.value_or(Tensor())};
-    Tensor inner, mask;
-    if (a) {
-      Tensor wide = x.to(at::kFloat);
-      if (dropout > 0) {
-        mask = at::empty_like(x, at::kBool).bernoulli_(1 - dropout);
-        wide = wide * mask * (1 / (1 - dropout));
+    // What stays is allocated before what goes again: else it would lie in the middle of the room
+    // that is left, and nothing large would fit there.
+    Tensor y = at::empty({x.size(0), out}, x.options()), inner;
+    if (a) inner = at::empty({x.size(0), a->size(0)}, a->options());
+    {
+      const Tensor dense = frozen.of(out, x.size(1), kind);
+      if (bias && kind != at::kFloat) {
+        at::addmm_out(y, bias->to(kind), x, dense.t());
+      } else {
+        at::mm_out(y, x, dense.t());
       }
-      inner = at::mm(wide, a->t());
     }
-    const Tensor dense = frozen.of(out, x.size(1), kind);
-    Tensor y;
+    if (a) {
+      const int64_t most = std::numeric_limits<int64_t>::max();
+      const int64_t seed = dropout > 0 ? at::randint(most, {}, at::kLong).item<int64_t>() : 0;
+      context->saved_data["seed"] = seed;
+      at::mm_out(inner, dropped(x.to(at::kFloat), dropout, seed), a->t());
+    }
     if (kind == at::kFloat) {
-      y = at::mm(x, dense.t());
       if (b) y.addmm_(inner, b->t(), 1, scale);
       if (bias) y.add_(*bias);
-    } else {
-      y = at::linear(x, dense, bias ? Maybe(bias->to(kind)) : Maybe());
-      if (b) y = (y.to(at::kFloat) + at::mm(inner, b->t()) * scale).to(kind);
+    } else if (b) {
+      y.copy_(y.to(at::kFloat) + at::mm(inner, b->t()) * scale);
     }
     context->save_for_backward({x, weight, frozen.scales, frozen.steps, frozen.offset,
-                                a.value_or(Tensor()), b.value_or(Tensor()), inner, mask});
+                                a.value_or(Tensor()), b.value_or(Tensor()), inner});
     context->saved_data["scale"] = scale;
-    context->saved_data["keep"] = 1 - dropout;
+    context->saved_data["dropout"] = dropout;
     context->saved_data["out"] = out;
     return y;
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
     const variable_list saved = context->get_saved_variables();
-    const Tensor &x = saved[0], &a = saved[5], &b = saved[6], &inner = saved[7], &mask = saved[8];
+    const Tensor &x = saved[0], &a = saved[5], &b = saved[6], &inner = saved[7];
     const Tensor& dy = grads[0];
     const double scale = context->saved_data["scale"].toDouble();
-    const double keep = context->saved_data["keep"].toDouble();
-    const auto dropped = [&](const Tensor& t) { return mask.defined() ? t * mask * (1 / keep) : t; };
+    const double dropout = context->saved_data["dropout"].toDouble();
+    // The same numbers are dropped each time.
+    const auto again = [&](const Tensor& t) {
+      return dropped(t, dropout, context->saved_data["seed"].toInt());
+    };
 
     Tensor d_inner, da, db, dx;
     if (a.defined()) {
       const Tensor wide = dy.to(at::kFloat);
       d_inner = at::mm(wide, b).mul_(scale);
       db = at::mm(wide.t(), inner).mul_(scale);
-      da = at::mm(d_inner.t(), dropped(x.to(at::kFloat)));
+      da = at::mm(d_inner.t(), again(x.to(at::kFloat)));
     }
     if (context->needs_input_grad(0)) {
       const int64_t out = context->saved_data["out"].toInt();
       const Frozen frozen{saved[1], saved[2], saved[3], saved[4]};
       dx = at::mm(dy, frozen.of(out, x.size(1), x.scalar_type()));
-      if (a.defined() && x.scalar_type() == at::kFloat && !mask.defined()) {
+      if (a.defined() && x.scalar_type() == at::kFloat && dropout == 0) {
         dx.addmm_(d_inner, a);
       } else if (a.defined()) {
-        dx = (dx.to(at::kFloat) + dropped(at::mm(d_inner, a))).to(x.scalar_type());
+        dx = (dx.to(at::kFloat) + again(at::mm(d_inner, a))).to(x.scalar_type());
       }
     }
     const Tensor none;

@@ -225,6 +225,23 @@ mod tests {
             tch::manual_seed(7);
             frozen_linear(x, &weight, None, Some(&lora), 0.5)
         };
+        // As many as were asked for, in rows and columns of their own.
+        let ones = Tensor::ones([200, 300], (Kind::Float, Device::Cpu));
+        let unit = Tensor::eye(300, (Kind::Float, Device::Cpu));
+        let all = Lora { a: unit.copy(), b: unit, scale: 1.0, dropout: 0.3 };
+        let zero = Weight::Dense(Tensor::zeros([300, 300], (Kind::Float, Device::Cpu)));
+        let kept = frozen_linear(&ones, &zero, None, Some(&all), 0.3);
+        let gone = kept.eq(0.0).to_kind(Kind::Float);
+        for (share, slack) in [
+            (gone.mean(Kind::Float), 0.01),
+            (gone.mean_dim(0, false, Kind::Float).max(), 0.15),
+            (gone.mean_dim(1, false, Kind::Float).max(), 0.15),
+            ((&gone * gone.roll(1, 0)).mean(Kind::Float).sqrt(), 0.01),
+            ((&gone * gone.roll(1, 1)).mean(Kind::Float).sqrt(), 0.01),
+        ] {
+            assert!((share.double_value(&[]) - 0.3).abs() < slack, "{share}");
+        }
+
         let (y, undropped) = (forward(&x), x.matmul(&a.tr()).matmul(&b.tr()));
         assert!(!y.allclose(&undropped, 1e-3, 1e-3, false));
         // Linear in x with the same mask: half the input, half the output; and the gradient along
