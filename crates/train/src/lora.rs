@@ -3,9 +3,8 @@
 //! Knows nothing of libtorch: the worker does the training.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 
-use checkpoint::config::{Architecture, Config};
+use checkpoint::config::Architecture;
 use checkpoint::names;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -14,7 +13,7 @@ use step::definition::{InputDef, Known, Needs, ParamError, Platform, Refusal, St
 use step::kind::Kind;
 
 use crate::memory;
-use crate::training::{over, training_step};
+use crate::training::{over, training_step, with_shared};
 
 training_step! {
     /// What the adapter is, and how it is trained.
@@ -169,19 +168,12 @@ impl Step for Lora {
     }
 
     fn needs(&self, inputs: &Known) -> Needs {
-        let config = inputs.get("base").and_then(|base| base.first()?.facts.config.as_ref());
-        let config = config.and_then(|config| Config::of(config, Path::new("config.json")).ok());
-        memory::needs_of_lora(config.as_ref(), self)
+        memory::needs_of_lora(crate::base_config(inputs).as_ref(), self)
     }
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
-        let base = inputs.get("base").and_then(|base| base.first());
-        let Some(found) = base.and_then(|base| base.facts.architecture.as_deref()) else {
-            return Ok(());
-        };
-        crate::architecture_is_built(found, checkpoint::ARCHITECTURES)?;
-        let targets = Architecture::of(found).map(|architecture| self.targets(architecture));
-        match targets.transpose() {
+        let base = crate::base_architecture(inputs)?;
+        match base.map(|architecture| self.targets(architecture)).transpose() {
             Ok(_) => Ok(()),
             Err(none) => Err(Refusal::Wrong { hint: none.hint(), message: none.to_string() }),
         }
@@ -194,7 +186,7 @@ fn known_targets() -> String {
 
 /// The presets of the field, a micro-batch counted as so many rows of 512 tokens.
 fn defaults(preset: Preset) -> Value {
-    let quick = json!({
+    let quick = with_shared(json!({
         "preset": "quick",
         "rank": 8,
         "alpha": 16.0,
@@ -203,26 +195,13 @@ fn defaults(preset: Preset) -> Value {
         "target_modules": ["q_proj", "v_proj"],
         "bits": 16,
         "learning_rate": 3e-4,
-        "schedule": "cosine",
         "warmup": 50.0,
         "weight_decay": 0.0,
-        "optimiser": "adamw",
         "betas": [0.9, 0.999],
         "epochs": 1.0,
         "batch_tokens": 8 * 512,
         "gradient_accumulation": 1,
-        "gradient_checkpointing": false,
-        "max_grad_norm": 1.0,
-        "prompt_weight": 0.0,
-        "packing": "auto",
-        "order": "random",
-        "compute": "auto",
-        "device": "auto",
-        "seed": 0,
-        "eval_every": 0,
-        "keep": "last",
-        "checkpoint_every": 0,
-    });
+    }));
     let change = match preset {
         Preset::Quick => json!({}),
         Preset::Balanced => json!({

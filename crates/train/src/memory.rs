@@ -8,15 +8,13 @@ use checkpoint::config::Config;
 use checkpoint::names;
 use step::definition::{Memory, Needs, Saving};
 
-use crate::Lora;
 use crate::training::{Algorithm, Compute, Device, Training};
+use crate::{LOGITS_A_TILE, Lora};
 
 /// libtorch itself and a worker's own pages.
 const LIBRARY: u64 = 156_000_000;
 /// CUDA's context and the work space of its products.
 const CONTEXT: u64 = 700_000_000;
-/// Logits at a time, as `worker/decoder.rs` has it.
-const TILE: u64 = 1 << 25;
 
 /// Everything is trained, and held in float32.
 fn all(config: &Config, training: &Training) -> Memory {
@@ -168,7 +166,8 @@ fn activations(config: &Config, training: &Training, width: u64, dropout: f64) -
     let layers = kept + layer * 3 / 2 + holes;
     let tokens = training.batch_tokens as u64;
     // A tile of logits and their gradient, in float32.
-    let logits = TILE.max(config.vocab_size as u64).min(tokens * config.vocab_size as u64);
+    let logits =
+        (LOGITS_A_TILE.max(config.vocab_size) as u64).min(tokens * config.vocab_size as u64);
     tokens * layers + 2 * 4 * logits
 }
 

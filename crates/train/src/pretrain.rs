@@ -8,7 +8,7 @@ use step::definition::{Facts, InputDef, Known, Needs, ParamError, Platform, Refu
 use step::kind::Kind;
 
 use crate::memory;
-use crate::training::{over, training_step};
+use crate::training::{over, training_step, with_shared};
 
 training_step! {
     /// The shape of the model, how it starts, how it is trained.
@@ -149,7 +149,7 @@ fn vocabulary(inputs: &Known) -> Option<usize> {
 }
 
 fn defaults() -> Value {
-    json!({
+    with_shared(json!({
         "architecture": "llama",
         "rms_norm_eps": 1e-5,
         "rope_theta": 10_000.0,
@@ -158,26 +158,13 @@ fn defaults() -> Value {
         "linear_std": 0.02,
         "embedding_std": 0.02,
         "learning_rate": 1e-3,
-        "schedule": "cosine",
         "warmup": 0.05,
         "weight_decay": 0.1,
-        "optimiser": "adamw",
         "betas": [0.9, 0.95],
         "epochs": 1.0,
         "batch_tokens": 4096,
         "gradient_accumulation": 1,
-        "gradient_checkpointing": false,
-        "max_grad_norm": 1.0,
-        "prompt_weight": 0.0,
-        "packing": "auto",
-        "order": "random",
-        "compute": "auto",
-        "device": "auto",
-        "seed": 0,
-        "eval_every": 0,
-        "keep": "last",
-        "checkpoint_every": 0,
-    })
+    }))
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use step::ParamError;
 
 /// Declares the parameters of a training step: its own keys, then those that all of them share.
@@ -210,6 +210,29 @@ impl Training {
         range("gradient_accumulation", self.gradient_accumulation > 0, "must be above 0")?;
         range("max_grad_norm", self.max_grad_norm >= 0.0, "must not be negative; 0 turns it off")?;
         range("prompt_weight", (0.0..=1.0).contains(&self.prompt_weight), "must lie in 0 to 1")
+    }
+}
+
+/// A step's own defaults over those that all training steps share.
+pub(crate) fn with_shared(own: Value) -> Value {
+    let shared = json!({
+        "schedule": "cosine",
+        "optimiser": "adamw",
+        "gradient_checkpointing": false,
+        "max_grad_norm": 1.0,
+        "prompt_weight": 0.0,
+        "packing": "auto",
+        "order": "random",
+        "compute": "auto",
+        "device": "auto",
+        "seed": 0,
+        "eval_every": 0,
+        "keep": "last",
+        "checkpoint_every": 0,
+    });
+    match own {
+        Value::Object(own) => Value::Object(over(own, shared)),
+        _ => shared,
     }
 }
 

@@ -16,6 +16,7 @@ use anyhow::Result;
 use checkpoint::config::{Architecture, Config, Llama3, RopeScaling};
 use checkpoint::names;
 use tch::{Device, Kind, Reduction, Tensor};
+use train::LOGITS_A_TILE;
 
 use crate::fused;
 use crate::linear::{Linear, Weight};
@@ -59,9 +60,6 @@ pub struct Decoder {
     /// Of layers with a window, where theirs are others.
     frequencies_near: Option<Frequencies>,
 }
-
-/// Logits at a time: 128 MB of them, and as much again of their gradient.
-const TILE: usize = 1 << 25;
 
 impl Decoder {
     /// Builds the model from `weight(name, shape)`, which is asked for each tensor in the order of
@@ -176,7 +174,7 @@ impl Decoder {
         let x = self.norm.forward(x, self.compute).index_select(0, predicting); // [N, C]
         if let (Weight::Dense(head), None) = (&self.head.weight, &self.head.lora) {
             let head = head.to_kind(x.kind());
-            return fused::cross_entropy(&x, &head, targets, weights, divisor, TILE);
+            return fused::cross_entropy(&x, &head, targets, weights, divisor, LOGITS_A_TILE);
         }
         let logits = self.head.forward(&x, dropout.is_some()).to_kind(Kind::Float); // [N, V]
         let miss = logits.cross_entropy_loss::<Tensor>(targets, None, Reduction::None, -100, 0.0);
