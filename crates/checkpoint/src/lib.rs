@@ -14,6 +14,7 @@ pub mod chat;
 pub mod config;
 mod error;
 pub mod names;
+pub mod rotary;
 #[cfg(feature = "weights")]
 pub mod weights;
 
