@@ -496,7 +496,15 @@ impl Keys<'_> {
         }
         match self.map.get("quantization_config") {
             None | Some(Value::Null) => Ok(()),
-            Some(value) => refuse("quantization_config", value),
+            Some(value) => {
+                let method = value.get("quant_method").and_then(Value::as_str);
+                let bits = ["load_in_4bit", "load_in_8bit"]
+                    .iter()
+                    .zip(["4 bits", "8 bits"])
+                    .find(|(key, _)| value.get(**key) == Some(&Value::Bool(true)));
+                let how = method.into_iter().chain(bits.map(|(_, bits)| bits)).collect::<Vec<_>>();
+                Err(Error::Quantised { path: self.origin.into(), how: how.join(", ") })
+            }
         }
     }
 }
@@ -638,6 +646,11 @@ mod tests {
                 "config.json: `partial_rotary_factor` = 0.5 changes what the model computes, and is not built yet",
             ),
             ("\"vocab_size\":96,", "", "config.json has no `vocab_size`"),
+            (
+                "{\"model",
+                "{\"quantization_config\":{\"quant_method\":\"bitsandbytes\",\"load_in_4bit\":true},\"model",
+                "config.json: the weights are quantised already (bitsandbytes, 4 bits)",
+            ),
             (
                 "{\"model",
                 "{\"mlp_bias\":true,\"model",

@@ -24,6 +24,8 @@ pub enum Error {
     NotExported { path: PathBuf, found: String },
     #[error("{path}: `{key}` = {value} changes what the model computes, and is not built yet")]
     UnsupportedKey { path: PathBuf, key: String, value: String },
+    #[error("{path}: the weights are quantised already ({how})")]
+    Quantised { path: PathBuf, how: String },
     #[error("{path}: {message}")]
     Config { path: PathBuf, message: String },
     #[error("{path} is no safetensors file: {message}")]
@@ -64,6 +66,10 @@ impl From<Error> for Failure {
                 Failure::environment(error.to_string()).hint("free some disk space and build again")
             }
             Error::Io { .. } => Failure::environment(error.to_string()),
+            Error::Quantised { .. } => Failure::input(error.to_string()).hint(
+                "name the original model in 16 bits: training quantises it by itself (`bits = 4`), \
+                 and so do exports",
+            ),
             Error::Adapter { hint, .. } => Failure::input(error.to_string()).hint(*hint),
             _ => Failure::input(error.to_string()),
         }

@@ -2,17 +2,19 @@
 //!
 //! Knows nothing of what a tensor means. Nothing is copied until somebody asks for f32.
 
+mod writer;
+
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use memmap2::Mmap;
-use safetensors::tensor::{Metadata, TensorInfo};
-use serde_json::{Value, json};
+use safetensors::tensor::Metadata;
+use serde_json::Value;
 
 pub use safetensors::Dtype;
+pub use writer::{Spec, Writer};
 
 use crate::config::Config;
 use crate::{Error, names};
@@ -117,19 +119,27 @@ impl Weights {
         })
     }
 
-    /// Lets the system have back the pages of a tensor that was copied: with all tensors copied one
-    /// by one, a model would else be in memory twice. It can still be read again.
+    /// Lets the system have back the pages of a tensor that was read: with all tensors copied one by
+    /// one, a model would else be in memory twice. It can still be read again.
     pub fn let_go(&self, name: &str) {
+        if let Ok(tensor) = self.get(name) {
+            self.let_go_of(tensor.data);
+        }
+    }
+
+    /// The same for a part of a tensor's data.
+    pub fn let_go_of(&self, data: &[u8]) {
         #[cfg(unix)]
-        if let Some(file) = self.index.get(name).map(|i| &self.files[*i])
-            && let Some(info) = file.metadata.info(name)
-        {
-            let (from, to) = info.data_offsets;
-            // SAFETY: the pages are a file's and are never written: what is dropped is read again.
-            let _ = unsafe {
-                let advice = memmap2::UncheckedAdvice::DontNeed;
-                file.map.unchecked_advise_range(advice, file.start + from, to - from)
-            };
+        for file in &self.files {
+            let from = (data.as_ptr() as usize).wrapping_sub(file.map.as_ptr() as usize);
+            if from < file.map.len() && data.len() <= file.map.len() - from {
+                // SAFETY: the pages are a file's and are never written: what is dropped is read
+                // again.
+                let _ = unsafe {
+                    let advice = memmap2::UncheckedAdvice::DontNeed;
+                    file.map.unchecked_advise_range(advice, from, data.len())
+                };
+            }
         }
     }
 
@@ -224,99 +234,6 @@ impl TensorRef<'_> {
     }
 }
 
-/// A tensor to be written.
-#[derive(Debug, Clone)]
-pub struct Spec {
-    pub name: String,
-    pub dtype: Dtype,
-    pub shape: Vec<usize>,
-}
-
-impl Spec {
-    pub fn new(name: impl Into<String>, dtype: Dtype, shape: &[usize]) -> Self {
-        Self { name: name.into(), dtype, shape: shape.to_vec() }
-    }
-
-    /// Bytes.
-    pub fn size(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
-    }
-}
-
-/// A safetensors file that grows tensor by tensor, in constant memory.
-///
-/// The order is the format's own habit: larger types first, then by name. It depends on the specs
-/// alone, so the bytes do too.
-#[derive(Debug)]
-pub struct Writer {
-    path: PathBuf,
-    file: BufWriter<File>,
-    specs: Vec<Spec>,
-    next: usize,
-}
-
-impl Writer {
-    /// Writes the header. `specs` may come in any order; write in that of [`Writer::order`].
-    pub fn create(path: &Path, mut specs: Vec<Spec>) -> Result<Self, Error> {
-        specs.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
-        let mut header = serde_json::Map::new();
-        header.insert("__metadata__".into(), json!({"format": "pt"}));
-        let mut offset = 0;
-        for spec in &specs {
-            let info = TensorInfo {
-                dtype: spec.dtype,
-                shape: spec.shape.clone(),
-                data_offsets: (offset, offset + spec.size()),
-            };
-            offset += spec.size();
-            let info = serde_json::to_value(info)
-                .map_err(|e| Error::Header { path: path.into(), message: e.to_string() })?;
-            header.insert(spec.name.clone(), info);
-        }
-        let mut text = step::canonical::to_vec(&Value::Object(header));
-        // Data begins at a multiple of eight.
-        text.resize(text.len().next_multiple_of(8), b' ');
-        let file = File::create(path).map_err(|e| Error::io(path, e))?;
-        let mut file = BufWriter::with_capacity(1 << 20, file);
-        file.write_all(&(text.len() as u64).to_le_bytes())
-            .and_then(|()| file.write_all(&text))
-            .map_err(|e| Error::io(path, e))?;
-        Ok(Self { path: path.into(), file, specs, next: 0 })
-    }
-
-    /// The tensors in the order in which they are to be written.
-    pub fn order(&self) -> Vec<Spec> {
-        self.specs.clone()
-    }
-
-    /// Writes the next tensor: all its bytes, row-major, little-endian.
-    pub fn write(&mut self, name: &str, data: &[u8]) -> Result<(), Error> {
-        let wrong = |message: String| Error::Header { path: self.path.clone(), message };
-        match self.specs.get(self.next) {
-            Some(spec) if spec.name == name && spec.size() == data.len() => {
-                self.next += 1;
-                self.file.write_all(data).map_err(|e| Error::io(&self.path, e))
-            }
-            Some(spec) => Err(wrong(format!(
-                "expected {} bytes of `{}`, got {} of `{name}`",
-                spec.size(),
-                spec.name,
-                data.len()
-            ))),
-            None => Err(wrong(format!("`{name}` comes after the last tensor"))),
-        }
-    }
-
-    /// Ends the file; an error if a tensor is missing.
-    pub fn finish(mut self) -> Result<(), Error> {
-        if let Some(spec) = self.specs.get(self.next) {
-            let message = format!("`{}` was never written", spec.name);
-            return Err(Error::Header { path: self.path, message });
-        }
-        self.file.flush().map_err(|e| Error::io(&self.path, e))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -392,15 +309,5 @@ mod tests {
         std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
         let error = Weights::open(dir.path()).unwrap_err().to_string();
         assert!(error.contains("model-00001-of-00001.safetensors"), "{error}");
-    }
-
-    #[test]
-    fn tensors_come_whole_and_in_order() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("x.safetensors");
-        let spec = || vec![Spec::new("a", Dtype::F32, &[1])];
-        assert!(Writer::create(&path, spec()).unwrap().write("a", &[0; 3]).is_err());
-        assert!(Writer::create(&path, spec()).unwrap().write("b", &[0; 4]).is_err());
-        assert!(Writer::create(&path, spec()).unwrap().finish().is_err());
     }
 }

@@ -1,20 +1,26 @@
-//! The work of `merge/lora`: W + Σ weight·scale·B·A in f32, rounded once, tensor by tensor over mmap.
+//! The work of `merge/lora`: W + Σ weight·scale·B·A, a few rows at a time over mmap.
 //!
-//! The product is summed over the rank in order with fused multiply-add, as PEFT's is; each element
-//! is computed by one thread, so the bytes do not depend on how many there are.
+//! In memory are the adapters and a piece of a tensor, whatever the size of the model.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use checkpoint::adapter::{Adapter, Delta};
+use checkpoint::adapter::Adapter;
 use checkpoint::config::Config;
 use checkpoint::names;
-use checkpoint::weights::{Dtype, Spec, TensorRef, Weights, Writer};
-use half::{bf16, f16};
+use checkpoint::weights::{Dtype, Spec, Weights, Writer};
 use merge::lora::{self, Lora};
 use rayon::prelude::*;
 use step::Failure;
 use step::worker::{Job, Progress};
+
+use crate::kept::Kept;
+use crate::sum::{Buffers, Change, Rows, Squares, Wrong};
+
+/// Bytes of the base that are merged before they are written.
+const PIECE: usize = 8 << 20;
+/// Rows that a thread takes at a time.
+const BLOCK: usize = 32;
 
 pub fn run(job: &Job) -> anyhow::Result<()> {
     let params: Lora = job.params()?;
@@ -39,19 +45,13 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
     };
     let expected = names::expected(&config);
     let specs = expected.iter().map(|(name, shape)| Spec::new(name, dtype, shape)).collect();
-    let path = job.out().join("model.safetensors");
-    let mut writer = Writer::create(&path, specs).map_err(Failure::from)?;
+    let writer = Writer::model(job.out(), specs, Writer::SHARD).map_err(Failure::from)?;
     let order = writer.order();
-    let mut kept = Kept::default();
+    let mut merging = Merging { base: &base, dtype, writer, kept: Kept::default() };
     let threads = rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build()?;
     for (done, spec) in order.iter().enumerate() {
-        let tensor = base.get(&spec.name).map_err(Failure::from)?;
-        let bytes = threads.install(|| match changes.get(&*spec.name) {
-            Some(changes) => merge(&tensor, changes, dtype, &mut kept),
-            None if tensor.dtype == dtype => Ok(tensor.data.to_vec()),
-            None => Ok(encode(&tensor.to_f32()?, dtype)),
-        });
-        writer.write(&spec.name, &bytes.map_err(Failure::from)?).map_err(Failure::from)?;
+        let changes = changes.get(&*spec.name).map_or(&[][..], Vec::as_slice);
+        threads.install(|| merging.tensor(&spec.name, changes))?;
         job.progress(Progress {
             phase: "merge".into(),
             done: done as u64 + 1,
@@ -60,14 +60,18 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
             ..Progress::default()
         });
     }
+    let Merging { writer, kept, .. } = merging;
     writer.finish().map_err(Failure::from)?;
     kept.refuse_what_was_lost()?;
+    if let Some(note) = kept.unchanged() {
+        job.note(note);
+    }
 
     checkpoint::copy_companions(base_dir, job.out()).map_err(Failure::from)?;
     checkpoint::copy_config(base_dir, job.out(), params.dtype.name()).map_err(Failure::from)?;
-    job.metric("delta_norm", kept.mean(|row| row.relative));
-    job.metric("delta_kept", kept.mean(|row| row.kept));
-    job.metric("tensors_merged", kept.rows.len() as f64);
+    for (name, figure) in kept.figures() {
+        job.metric(name, figure);
+    }
     let mut report = kept.summary(params.dtype.name()) + "| adapter | weight |\n|---|---|\n";
     for name in adapters.keys() {
         let weight = params.weight(name);
@@ -106,175 +110,63 @@ fn adapters<'a>(job: &'a Job, base: &Config) -> anyhow::Result<BTreeMap<&'a str,
     Ok(all)
 }
 
-/// What one adapter adds to a weight: `factor · B · A`.
-struct Change<'a> {
-    delta: &'a Delta,
-    factor: f32,
-}
-
-impl Change<'_> {
-    /// Row `o` of what is added.
-    fn row(&self, o: usize, columns: usize) -> Vec<f32> {
-        let Delta { a, b, rank, .. } = self.delta;
-        let product = product(&b[o * rank..][..*rank], a, columns);
-        product.into_iter().map(|x| x * self.factor).collect()
-    }
-}
-
-/// The merged tensor in its final type; what was kept of the change goes into `kept`.
-fn merge(
-    base: &TensorRef,
-    changes: &[Change],
+/// A model on its way, and what became of each change.
+struct Merging<'a> {
+    base: &'a Weights,
     dtype: Dtype,
-    kept: &mut Kept,
-) -> Result<Vec<u8>, checkpoint::Error> {
-    let weight = base.to_f32()?;
-    let columns = base.shape[1];
-    let rows: Vec<(Vec<u8>, [f64; 3])> = weight
-        .par_chunks(columns)
-        .enumerate()
-        .map(|(o, row)| {
-            let mut change = changes[0].row(o, columns);
-            for other in &changes[1..] {
-                change.iter_mut().zip(other.row(o, columns)).for_each(|(sum, x)| *sum += x);
+    writer: Writer,
+    kept: Kept,
+}
+
+impl Merging<'_> {
+    fn tensor(&mut self, name: &str, changes: &[Change]) -> Result<(), Failure> {
+        let tensor = self.base.get(name)?;
+        let columns = tensor.shape.last().copied().unwrap_or(1);
+        let [row, merged_row] =
+            [tensor.dtype, self.dtype].map(|dtype| columns * dtype.bitsize() / 8);
+        let rows_a_piece = (PIECE / row).next_multiple_of(BLOCK).max(BLOCK);
+        let mut merged = Vec::new();
+        let mut sums = Squares::default();
+        for (at, piece) in tensor.data.chunks(rows_a_piece * row).enumerate() {
+            merged.resize(piece.len() / row * merged_row, 0);
+            let blocks =
+                piece.par_chunks(BLOCK * row).zip(merged.par_chunks_mut(BLOCK * merged_row));
+            let blocks = blocks.enumerate().map_init(Buffers::default, |buffers, (block, pair)| {
+                let (bytes, out) = pair;
+                let first = at * rows_a_piece + block * BLOCK;
+                let rows = Rows { bytes, dtype: tensor.dtype, columns, first };
+                match changes {
+                    [] => buffers.convert(rows, self.dtype, out).map(|()| Vec::new()),
+                    _ => buffers.merge(rows, changes, self.dtype, out),
+                }
+            });
+            // Row by row, in order: the same sums however many threads there were, the same error.
+            let blocks: Vec<Result<Vec<Squares>, Wrong>> = blocks.collect();
+            for block in blocks {
+                for row in block.map_err(|wrong| self.failure(name, tensor.shape.len(), wrong))? {
+                    sums.iter_mut().zip(row).for_each(|(sum, square)| *sum += square);
+                }
             }
-            let sum: Vec<f32> = row.iter().zip(&change).map(|(w, d)| w + d).collect();
-            let bytes = encode(&sum, dtype);
-            let rounded = decode(&bytes, dtype);
-            let mut squares = [0.0; 3];
-            for ((w, d), r) in row.iter().zip(&change).zip(rounded) {
-                let (w, d) = (f64::from(*w), f64::from(*d));
-                squares[0] += w * w;
-                squares[1] += d * d;
-                squares[2] += (f64::from(r) - w - d).powi(2);
-            }
-            (bytes, squares)
-        })
-        .collect();
-    let mut bytes = Vec::with_capacity(weight.len() * dtype.bitsize() / 8);
-    // Summed row by row, in order: the same figure however many threads there were.
-    let mut total = [0.0; 3];
-    for (row, squares) in rows {
-        bytes.extend(row);
-        for (t, s) in total.iter_mut().zip(squares) {
-            *t += s;
+            self.writer.write(name, &merged)?;
+            self.base.let_go_of(piece);
         }
-    }
-    kept.push(&base.name, total);
-    Ok(bytes)
-}
-
-/// One row of B times A: `out[j] = Σ_k b[k] · a[k][j]`, k in order, fused.
-fn product(b: &[f32], a: &[f32], columns: usize) -> Vec<f32> {
-    #[cfg(target_arch = "x86_64")]
-    if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
-        // SAFETY: both features were just found.
-        return unsafe { product_fma(b, a, columns) };
-    }
-    product_any(b, a, columns)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn product_fma(b: &[f32], a: &[f32], columns: usize) -> Vec<f32> {
-    product_any(b, a, columns)
-}
-
-/// `mul_add` rounds once on every machine, with an instruction for it or without.
-#[inline(always)]
-fn product_any(b: &[f32], a: &[f32], columns: usize) -> Vec<f32> {
-    let mut out = vec![0.0; columns];
-    for (b, a) in b.iter().zip(a.chunks_exact(columns)) {
-        for (out, a) in out.iter_mut().zip(a) {
-            *out = b.mul_add(*a, *out);
+        if !changes.is_empty() {
+            self.kept.push(name, sums);
         }
-    }
-    out
-}
-
-/// Rounds to nearest, ties to even.
-fn encode(values: &[f32], dtype: Dtype) -> Vec<u8> {
-    match dtype {
-        Dtype::BF16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
-        Dtype::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
-        _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-    }
-}
-
-fn decode(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
-    let two = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
-    match dtype {
-        Dtype::BF16 => two.map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
-        Dtype::F16 => two.map(|b| f16::from_le_bytes(b).to_f32()).collect(),
-        _ => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-    }
-}
-
-/// What became of each change.
-#[derive(Default)]
-struct Kept {
-    rows: Vec<Row>,
-}
-
-struct Row {
-    name: String,
-    /// ‖Δ‖/‖W‖.
-    relative: f64,
-    /// 1 − ‖(W′ − W) − Δ‖/‖Δ‖: the share of the change that rounding left whole.
-    kept: f64,
-    /// Whether Δ is zero throughout: B has not moved from its start.
-    zero: bool,
-}
-
-impl Kept {
-    fn push(&mut self, name: &str, [w, d, lost]: [f64; 3]) {
-        let zero = d == 0.0;
-        let kept = if zero { 1.0 } else { 1.0 - (lost / d).sqrt() };
-        let relative = if w > 0.0 { (d / w).sqrt() } else { f64::INFINITY };
-        self.rows.push(Row { name: name.into(), relative, kept, zero });
-        self.rows.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(())
     }
 
-    fn mean(&self, of: impl Fn(&Row) -> f64) -> f64 {
-        self.rows.iter().map(of).sum::<f64>() / self.rows.len() as f64
-    }
-
-    /// A merge that changes nothing is never what was meant.
-    fn refuse_what_was_lost(&self) -> Result<(), Failure> {
-        if self.rows.iter().all(|row| row.zero) {
-            return Err(Failure::input("the adapters together change nothing")
-                .hint("look at their weights: do two of them cancel out?"));
-        }
-        match self.rows.iter().find(|row| row.kept <= 0.0) {
-            Some(row) => Err(Failure::input(format!(
-                "`{}`: the adapter's change is too small to survive rounding (‖Δ‖/‖W‖ = {:.1e})",
-                row.name, row.relative
+    fn failure(&self, name: &str, dims: usize, Wrong { row, column, value }: Wrong) -> Failure {
+        let place = if dims == 1 { format!("[{column}]") } else { format!("[{row}, {column}]") };
+        match value.is_finite() {
+            true => Failure::input(format!(
+                "`{name}` comes to {value} at {place}, more than {:?} holds",
+                self.dtype
             ))
-            .hint("merge with dtype = \"float32\"")),
-            None => Ok(()),
+            .hint("merge with dtype = \"bfloat16\" or \"float32\""),
+            false => Failure::input(format!("`{name}` comes to {value} at {place}"))
+                .hint("the base or the adapter is broken: look at the loss of what trained it"),
         }
-    }
-
-    fn summary(&self, dtype: &str) -> String {
-        format!(
-            "# Merge\n\n{} tensors changed; {:.1} % of the change survives rounding to {dtype}.\n\n",
-            self.rows.len(),
-            self.mean(|row| row.kept) * 100.0
-        )
-    }
-
-    fn table(&self) -> String {
-        let mut text = String::from("| tensor | ‖Δ‖/‖W‖ | kept |\n|---|---|---|\n");
-        for row in &self.rows {
-            let _ = writeln!(
-                text,
-                "| {} | {:.4} | {:.1} % |",
-                row.name,
-                row.relative,
-                row.kept * 100.0
-            );
-        }
-        text
     }
 }
 
@@ -300,6 +192,12 @@ mod tests {
         (0..n).map(|_| next()).collect()
     }
 
+    fn encoded(values: &[f32], dtype: Dtype) -> Vec<u8> {
+        let mut bytes = vec![0; values.len() * dtype.bitsize() / 8];
+        crate::sum::encode(values, dtype, &mut bytes);
+        bytes
+    }
+
     fn base(dir: &Path) {
         std::fs::create_dir_all(dir).unwrap();
         std::fs::write(dir.join("config.json"), CONFIG).unwrap();
@@ -309,7 +207,7 @@ mod tests {
         let mut writer = Writer::create(&dir.join("model.safetensors"), specs).unwrap();
         for (i, spec) in writer.order().iter().enumerate() {
             let values = noise(spec.shape.iter().product(), i as u32);
-            writer.write(&spec.name, &encode(&values, Dtype::BF16)).unwrap();
+            writer.write(&spec.name, &encoded(&values, Dtype::BF16)).unwrap();
         }
         writer.finish().unwrap();
     }
@@ -326,7 +224,7 @@ mod tests {
         for (i, spec) in writer.order().iter().enumerate() {
             let scale = if spec.name.contains("lora_B") { b } else { 1.0 };
             let values: Vec<f32> = noise(16, 99 + i as u32).iter().map(|x| x * scale).collect();
-            writer.write(&spec.name, &encode(&values, Dtype::F32)).unwrap();
+            writer.write(&spec.name, &encoded(&values, Dtype::F32)).unwrap();
         }
         writer.finish().unwrap();
     }
@@ -450,7 +348,7 @@ mod tests {
                 for k in 0..2 {
                     sum = d.b[o * 2 + k].mul_add(d.a[k * 8 + i], sum);
                 }
-                let want = bf16::from_f32(w[o * 8 + i] + sum * 2.0).to_f32();
+                let want = half::bf16::from_f32(w[o * 8 + i] + sum * 2.0).to_f32();
                 assert_eq!(*got, want);
             }
         }

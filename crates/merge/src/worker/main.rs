@@ -2,7 +2,9 @@
 
 use std::process::ExitCode;
 
+mod kept;
 mod lora;
+mod sum;
 
 fn main() -> ExitCode {
     step::worker::main(&[("merge/lora", lora::run)])
