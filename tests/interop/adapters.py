@@ -1,4 +1,5 @@
-"""Adapters that PEFT saved, taken in by `adapter/peft` and merged by `merge/lora`, in PEFT again.
+"""Adapters that PEFT saved, taken in by `adapter/peft` and merged by `merge/lora`, in PEFT again; and
+merged to 8 bits, in compressed-tensors.
 
 Builds a recipe of its own in a workspace below target/, over the tiny models and adapters of
 crates/train/src/worker/golden and crates/merge/tests/golden.
@@ -13,7 +14,11 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import quantize
+from compressed_tensors.quantization.utils import calculate_qparams
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +51,15 @@ base     = "{a}-base"
 adapters = ["{a}-first", "{a}-second"]
 weights  = {{ {a}-first = 0.7, {a}-second = -0.4 }}
 dtype    = "float32"
+
+[{a}-int8]
+step     = "merge/lora"
+base     = "{a}-base"
+adapters = ["{a}-first", "{a}-second"]
+weights  = {{ {a}-first = 0.7, {a}-second = -0.4 }}
+dtype    = "int8"
 """
+INT8 = QuantizationArgs(num_bits=8, type="int", strategy="channel", symmetric=True, dynamic=False)
 failures = []
 
 
@@ -77,8 +90,22 @@ def build():
     subprocess.run(command, cwd=ROOT, env=env, check=True)
 
 
-def load(path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+def load(path, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+def same_levels(whole, packed):
+    """Whether the matrices in 8 bits are those that compressed-tensors makes of the whole ones."""
+    names = [name.removesuffix("_packed") for name in packed if name.endswith("_packed")]
+    for name in names:
+        weight, found = whole[name], packed[name + "_packed"]
+        scale, zero = calculate_qparams(weight.amin(1, True), weight.amax(1, True), INT8)
+        scale = scale.to(torch.bfloat16)
+        levels = quantize(weight, scale.float(), zero, INT8, dtype=torch.int8).int()
+        found = found.view(torch.uint8).int()[:, : weight.shape[1]] - 128
+        if not (torch.equal(scale, packed[name + "_scale"]) and torch.equal(levels, found)):
+            return False
+    return len(names) > 0
 
 
 def logits(model):
@@ -109,6 +136,11 @@ for a in ARCHITECTURES:
     theirs = adapted(a, {name: ADAPTERS / a / name for name in WEIGHTS})
     off = ((logits(load(built / f"{a}-both")) - theirs).abs().max() / theirs.abs().max()).item()
     check(f"{a}: both merged by weight are PEFT's combination, within {off:.1e}", off < 1e-5)
+    whole, packed = [load_file(built / f"{a}-{kind}" / "model.safetensors") for kind in ("both", "int8")]
+    check(f"{a}: merged to 8 bits as compressed-tensors rounds it", same_levels(whole, packed))
+    int8 = logits(load(built / f"{a}-int8", torch.bfloat16)).float()
+    off = ((int8 - theirs).norm() / theirs.norm()).item()
+    check(f"{a}: transformers reads the 8 bits, off by {off:.3f}", off < 0.1)
 
 print(f"\n{'FAILED: ' + ', '.join(failures) if failures else 'adapters: all as they should be'}")
 sys.exit(bool(failures))

@@ -64,8 +64,13 @@ pub fn copy_companions(from: &Path, to: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Copies config.json for weights that are now of `dtype`: `bfloat16`.
-pub fn copy_config(from: &Path, to: &Path, dtype: &str) -> Result<(), Error> {
+/// Copies config.json for weights that are now of `dtype`: `bfloat16`; `change` may change more of it.
+pub fn copy_config(
+    from: &Path,
+    to: &Path,
+    dtype: &str,
+    change: impl FnOnce(&mut Value),
+) -> Result<(), Error> {
     let [from, to] = [from, to].map(|dir| dir.join("config.json"));
     let text = std::fs::read(&from).map_err(|e| Error::io(&from, e))?;
     let mut config: Value = serde_json::from_slice(&text)
@@ -73,6 +78,7 @@ pub fn copy_config(from: &Path, to: &Path, dtype: &str) -> Result<(), Error> {
     for key in ["dtype", "torch_dtype"] {
         config[key] = dtype.into();
     }
+    change(&mut config);
     let text = format!("{config:#}\n");
     std::fs::write(&to, text).map_err(|e| Error::io(&to, e))
 }

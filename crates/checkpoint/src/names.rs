@@ -49,6 +49,12 @@ pub fn layer(index: usize, part: &str) -> String {
     format!("model.layers.{index}.{part}.weight")
 }
 
+/// Whether `name` is the matrix of a linear layer of a block.
+pub fn is_linear(name: &str) -> bool {
+    let part = name.strip_suffix(".weight").unwrap_or_default();
+    LINEARS.iter().chain(&FUSED).any(|linear| part.ends_with(linear))
+}
+
 /// `model.layers.3.self_attn.q_proj.bias`.
 pub fn bias(index: usize, part: &str) -> String {
     format!("model.layers.{index}.{part}.bias")

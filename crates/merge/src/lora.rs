@@ -64,13 +64,16 @@ pub enum Dtype {
     BFloat16,
     Float16,
     Float32,
+    /// Linear layers in 8 bits with a scale a row, the rest in bfloat16 (compressed-tensors, W8A16):
+    /// to run, not to build on.
+    Int8,
 }
 
 impl Dtype {
-    /// As config.json spells it.
+    /// As config.json spells the type of what is no matrix in 8 bits.
     pub const fn name(self) -> &'static str {
         match self {
-            Dtype::BFloat16 => "bfloat16",
+            Dtype::BFloat16 | Dtype::Int8 => "bfloat16",
             Dtype::Float16 => "float16",
             Dtype::Float32 => "float32",
         }

@@ -11,11 +11,12 @@ use checkpoint::names;
 use checkpoint::weights::{Dtype, Spec, Weights, Writer};
 use merge::lora::{self, Lora};
 use rayon::prelude::*;
+use serde_json::{Value, json};
 use step::Failure;
 use step::worker::{Job, Progress};
 
 use crate::kept::Kept;
-use crate::sum::{Buffers, Change, Rows, Squares, Wrong};
+use crate::sum::{Buffers, Change, Merged, Rows, Squares, Stored, Wrong};
 
 /// Bytes of the base that are merged before they are written.
 const PIECE: usize = 8 << 20;
@@ -38,20 +39,14 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
         }
     }
 
-    let dtype = match params.dtype {
-        lora::Dtype::BFloat16 => Dtype::BF16,
-        lora::Dtype::Float16 => Dtype::F16,
-        lora::Dtype::Float32 => Dtype::F32,
-    };
-    let expected = names::expected(&config);
-    let specs = expected.iter().map(|(name, shape)| Spec::new(name, dtype, shape)).collect();
+    let specs = specs(&config, params.dtype);
     let writer = Writer::model(job.out(), specs, Writer::SHARD).map_err(Failure::from)?;
     let order = writer.order();
-    let mut merging = Merging { base: &base, dtype, writer, kept: Kept::default() };
+    let mut merging =
+        Merging { base: &base, writer, kept: Kept::default(), scales: BTreeMap::new() };
     let threads = rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build()?;
     for (done, spec) in order.iter().enumerate() {
-        let changes = changes.get(&*spec.name).map_or(&[][..], Vec::as_slice);
-        threads.install(|| merging.tensor(&spec.name, changes))?;
+        threads.install(|| merging.tensor(spec, &changes))?;
         job.progress(Progress {
             phase: "merge".into(),
             done: done as u64 + 1,
@@ -68,7 +63,12 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
     }
 
     checkpoint::copy_companions(base_dir, job.out()).map_err(Failure::from)?;
-    checkpoint::copy_config(base_dir, job.out(), params.dtype.name()).map_err(Failure::from)?;
+    checkpoint::copy_config(base_dir, job.out(), params.dtype.name(), |config| {
+        if params.dtype == lora::Dtype::Int8 {
+            config["quantization_config"] = quantisation();
+        }
+    })
+    .map_err(Failure::from)?;
     for (name, figure) in kept.figures() {
         job.metric(name, figure);
     }
@@ -110,23 +110,92 @@ fn adapters<'a>(job: &'a Job, base: &Config) -> anyhow::Result<BTreeMap<&'a str,
     Ok(all)
 }
 
+/// The tensors of the merged model.
+fn specs(config: &Config, dtype: lora::Dtype) -> Vec<Spec> {
+    let float = match dtype {
+        lora::Dtype::Float32 => Dtype::F32,
+        lora::Dtype::Float16 => Dtype::F16,
+        lora::Dtype::BFloat16 | lora::Dtype::Int8 => Dtype::BF16,
+    };
+    let mut specs = Vec::new();
+    for (name, shape) in names::expected(config) {
+        let [rows, columns] = match shape[..] {
+            [rows, columns] if dtype == lora::Dtype::Int8 && names::is_linear(&name) => {
+                [rows, columns]
+            }
+            _ => {
+                specs.push(Spec::new(name, float, &shape));
+                continue;
+            }
+        };
+        specs.push(Spec::new(format!("{name}{PACKED}"), Dtype::I32, &[rows, columns.div_ceil(4)]));
+        specs.push(Spec::new(format!("{name}{SCALE}"), Dtype::BF16, &[rows, 1]));
+        specs.push(Spec::new(format!("{name}{SHAPE}"), Dtype::I64, &[2]));
+    }
+    specs
+}
+
+// What compressed-tensors calls the parts of a matrix in 8 bits, after the matrix's own name.
+const PACKED: &str = "_packed";
+const SCALE: &str = "_scale";
+const SHAPE: &str = "_shape";
+
+/// What config.json says of matrices in 8 bits: the scheme W8A16 of compressed-tensors, which
+/// transformers and vLLM read.
+fn quantisation() -> Value {
+    json!({
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 8, "type": "int", "symmetric": true, "strategy": "channel",
+                "dynamic": false,
+            },
+            "input_activations": null,
+            "output_activations": null,
+        }},
+        "ignore": ["lm_head"],
+    })
+}
+
 /// A model on its way, and what became of each change.
 struct Merging<'a> {
     base: &'a Weights,
-    dtype: Dtype,
     writer: Writer,
     kept: Kept,
+    /// Of matrices in 8 bits, by name: larger types come first, so their scales come after them.
+    scales: BTreeMap<String, Vec<u8>>,
 }
 
 impl Merging<'_> {
-    fn tensor(&mut self, name: &str, changes: &[Change]) -> Result<(), Failure> {
+    fn tensor(
+        &mut self,
+        spec: &Spec,
+        changes: &BTreeMap<&str, Vec<Change>>,
+    ) -> Result<(), Failure> {
+        if let Some(name) = spec.name.strip_suffix(SHAPE) {
+            let shape = self.base.get(name)?.shape;
+            let bytes: Vec<u8> = shape.iter().flat_map(|n| (*n as i64).to_le_bytes()).collect();
+            return Ok(self.writer.write(&spec.name, &bytes)?);
+        }
+        if let Some(scales) = self.scales.remove(&spec.name) {
+            return Ok(self.writer.write(&spec.name, &scales)?);
+        }
+        let (name, stored) = match spec.name.strip_suffix(PACKED) {
+            Some(name) => (name, Stored::Int8),
+            None => (spec.name.as_str(), Stored::Float(spec.dtype)),
+        };
+        let changes = changes.get(name).map_or(&[][..], Vec::as_slice);
         let tensor = self.base.get(name)?;
         let columns = tensor.shape.last().copied().unwrap_or(1);
-        let [row, merged_row] =
-            [tensor.dtype, self.dtype].map(|dtype| columns * dtype.bitsize() / 8);
+        let row = columns * tensor.dtype.bitsize() / 8;
+        let merged_row = stored.row_bytes(columns);
         let rows_a_piece = (PIECE / row).next_multiple_of(BLOCK).max(BLOCK);
         let mut merged = Vec::new();
         let mut sums = Squares::default();
+        let mut scales = Vec::new();
         for (at, piece) in tensor.data.chunks(rows_a_piece * row).enumerate() {
             merged.resize(piece.len() / row * merged_row, 0);
             let blocks =
@@ -136,44 +205,49 @@ impl Merging<'_> {
                 let first = at * rows_a_piece + block * BLOCK;
                 let rows = Rows { bytes, dtype: tensor.dtype, columns, first };
                 match changes {
-                    [] => buffers.convert(rows, self.dtype, out).map(|()| Vec::new()),
-                    _ => buffers.merge(rows, changes, self.dtype, out),
+                    [] => buffers.convert(rows, stored, out),
+                    _ => buffers.merge(rows, changes, stored, out),
                 }
             });
             // Row by row, in order: the same sums however many threads there were, the same error.
-            let blocks: Vec<Result<Vec<Squares>, Wrong>> = blocks.collect();
+            let blocks: Vec<Result<Merged, Wrong>> = blocks.collect();
             for block in blocks {
-                for row in block.map_err(|wrong| self.failure(name, tensor.shape.len(), wrong))? {
+                let block = block.map_err(|wrong| failure(spec, tensor.shape.len(), wrong))?;
+                for row in block.squares {
                     sums.iter_mut().zip(row).for_each(|(sum, square)| *sum += square);
                 }
+                scales.extend(block.scales.iter().flat_map(|scale| scale.to_le_bytes()));
             }
-            self.writer.write(name, &merged)?;
+            self.writer.write(&spec.name, &merged)?;
             self.base.let_go_of(piece);
+        }
+        if stored == Stored::Int8 {
+            self.scales.insert(format!("{name}{SCALE}"), scales);
         }
         if !changes.is_empty() {
             self.kept.push(name, sums);
         }
         Ok(())
     }
+}
 
-    fn failure(&self, name: &str, dims: usize, Wrong { row, column, value }: Wrong) -> Failure {
-        let place = if dims == 1 { format!("[{column}]") } else { format!("[{row}, {column}]") };
-        match value.is_finite() {
-            true => Failure::input(format!(
-                "`{name}` comes to {value} at {place}, more than {:?} holds",
-                self.dtype
-            ))
-            .hint("merge with dtype = \"bfloat16\" or \"float32\""),
-            false => Failure::input(format!("`{name}` comes to {value} at {place}"))
-                .hint("the base or the adapter is broken: look at the loss of what trained it"),
-        }
+fn failure(spec: &Spec, dims: usize, Wrong { row, column, value }: Wrong) -> Failure {
+    let name = &spec.name;
+    let place = if dims == 1 { format!("[{column}]") } else { format!("[{row}, {column}]") };
+    match value.is_finite() {
+        true => Failure::input(format!(
+            "`{name}` comes to {value} at {place}, more than {:?} holds",
+            spec.dtype
+        ))
+        .hint("merge with dtype = \"bfloat16\" or \"float32\""),
+        false => Failure::input(format!("`{name}` comes to {value} at {place}"))
+            .hint("the base or the adapter is broken: look at the loss of what trained it"),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{Value, json};
     use std::path::Path;
     use step::Kind;
     use step::worker::{Input, Mode, Request};

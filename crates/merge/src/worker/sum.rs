@@ -37,6 +37,31 @@ pub struct Rows<'a> {
     pub first: usize,
 }
 
+/// What merged rows are stored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stored {
+    Float(Dtype),
+    /// 8 bits a value and a scale in bfloat16 a row.
+    Int8,
+}
+
+impl Stored {
+    pub fn row_bytes(self, columns: usize) -> usize {
+        match self {
+            Stored::Float(dtype) => columns * dtype.bitsize() / 8,
+            Stored::Int8 => columns.next_multiple_of(4),
+        }
+    }
+}
+
+/// What rows came to, beside their bytes.
+pub struct Merged {
+    /// Of each row, where something was added to it.
+    pub squares: Vec<Squares>,
+    /// Of each row in 8 bits: bfloat16.
+    pub scales: Vec<u16>,
+}
+
 /// What rows are computed in, kept from block to block.
 #[derive(Default)]
 pub struct Buffers {
@@ -49,33 +74,33 @@ pub struct Buffers {
 }
 
 impl Buffers {
-    /// The rows as `dtype` in `out`.
-    pub fn convert(&mut self, rows: Rows, dtype: Dtype, out: &mut [u8]) -> Result<(), Wrong> {
+    /// The rows as `stored` in `out`.
+    pub fn convert(&mut self, rows: Rows, stored: Stored, out: &mut [u8]) -> Result<Merged, Wrong> {
         decode(rows.bytes, rows.dtype, &mut self.sum);
-        self.round(rows, dtype, out)
+        Ok(Merged { squares: Vec::new(), scales: self.round(rows, stored, out)? })
     }
 
-    /// The rows with what `changes` add to them as `dtype` in `out`, and the squares of each.
+    /// The rows with what `changes` add to them as `stored` in `out`.
     pub fn merge(
         &mut self,
         rows: Rows,
         changes: &[Change],
-        dtype: Dtype,
+        stored: Stored,
         out: &mut [u8],
-    ) -> Result<Vec<Squares>, Wrong> {
+    ) -> Result<Merged, Wrong> {
         #[cfg(target_arch = "x86_64")]
         {
             if std::is_x86_feature_detected!("avx512f") && std::is_x86_feature_detected!("avx512bw")
             {
                 // SAFETY: the features were just found.
-                return unsafe { self.merge_avx512(rows, changes, dtype, out) };
+                return unsafe { self.merge_avx512(rows, changes, stored, out) };
             }
             if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
                 // SAFETY: both features were just found.
-                return unsafe { self.merge_avx2(rows, changes, dtype, out) };
+                return unsafe { self.merge_avx2(rows, changes, stored, out) };
             }
         }
-        self.merge_any(rows, changes, dtype, out)
+        self.merge_any(rows, changes, stored, out)
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -84,10 +109,10 @@ impl Buffers {
         &mut self,
         rows: Rows,
         changes: &[Change],
-        dtype: Dtype,
+        stored: Stored,
         out: &mut [u8],
-    ) -> Result<Vec<Squares>, Wrong> {
-        self.merge_any(rows, changes, dtype, out)
+    ) -> Result<Merged, Wrong> {
+        self.merge_any(rows, changes, stored, out)
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -96,10 +121,10 @@ impl Buffers {
         &mut self,
         rows: Rows,
         changes: &[Change],
-        dtype: Dtype,
+        stored: Stored,
         out: &mut [u8],
-    ) -> Result<Vec<Squares>, Wrong> {
-        self.merge_any(rows, changes, dtype, out)
+    ) -> Result<Merged, Wrong> {
+        self.merge_any(rows, changes, stored, out)
     }
 
     /// The same operations in the same order on every machine: Rust never fuses or reorders them.
@@ -108,9 +133,9 @@ impl Buffers {
         &mut self,
         rows: Rows,
         changes: &[Change],
-        dtype: Dtype,
+        stored: Stored,
         out: &mut [u8],
-    ) -> Result<Vec<Squares>, Wrong> {
+    ) -> Result<Merged, Wrong> {
         decode(rows.bytes, rows.dtype, &mut self.weight);
         let Self { weight, change, sum, other, tile } = &mut *self;
         for (i, one) in changes.iter().enumerate() {
@@ -123,29 +148,67 @@ impl Buffers {
         }
         sum.clear();
         sum.extend(weight.iter().zip(&*change).map(|(w, d)| w + d));
-        self.round(rows, dtype, out)?;
-        let mut all = Vec::with_capacity(self.weight.len() / rows.columns);
+        let scales = self.round(rows, stored, out)?;
+        let mut squares_of = Vec::with_capacity(self.weight.len() / rows.columns);
         for from in (0..self.weight.len()).step_by(rows.columns) {
             let row = from..from + rows.columns;
             let [weight, change, rounded] =
                 [&self.weight, &self.change, &self.other].map(|values| &values[row.clone()]);
-            all.push(squares(weight, change, rounded));
+            squares_of.push(squares(weight, change, rounded));
         }
-        Ok(all)
+        Ok(Merged { squares: squares_of, scales })
     }
 
-    /// What was summed, as `dtype` in `out`; what comes back of it in `other`.
+    /// What was summed, as `stored` in `out`; what comes back of it in `other`. The scales of rows.
     #[inline(always)]
-    fn round(&mut self, rows: Rows, dtype: Dtype, out: &mut [u8]) -> Result<(), Wrong> {
-        encode(&self.sum, dtype, out);
-        decode(out, dtype, &mut self.other);
+    fn round(&mut self, rows: Rows, stored: Stored, out: &mut [u8]) -> Result<Vec<u16>, Wrong> {
+        let mut scales = Vec::new();
+        match stored {
+            Stored::Float(dtype) => {
+                encode(&self.sum, dtype, out);
+                decode(out, dtype, &mut self.other);
+            }
+            Stored::Int8 => {
+                self.other.resize(self.sum.len(), 0.0);
+                let sums = self.sum.chunks_exact(rows.columns);
+                let back = self.other.chunks_exact_mut(rows.columns);
+                let out = out.chunks_exact_mut(stored.row_bytes(rows.columns));
+                for ((sums, back), out) in sums.zip(back).zip(out) {
+                    scales.push(int8(sums, out, back));
+                }
+            }
+        }
         if all_finite(&self.other) {
-            return Ok(());
+            return Ok(scales);
         }
         let at = self.other.iter().position(|x| !x.is_finite()).expect("one is not finite");
+        let at = match self.sum.iter().position(|x| !x.is_finite()) {
+            Some(broken) => broken,
+            None => at,
+        };
         let (row, column) = (rows.first + at / rows.columns, at % rows.columns);
         Err(Wrong { row, column, value: self.sum[at] })
     }
+}
+
+/// A row in 8 bits, symmetric about 128, as compressed-tensors packs them: four to a word, low byte
+/// first. The scale, a bfloat16, maps the value of largest magnitude to 127.5.
+#[inline(always)]
+fn int8(values: &[f32], out: &mut [u8], back: &mut [f32]) -> u16 {
+    let largest = values.iter().fold(0.0f32, |most, x| if x.abs() > most { x.abs() } else { most });
+    let scale = match bf16(largest / 127.5) {
+        // Of a row of zeros; any other would do.
+        0 => 0x3C00,
+        scale => scale,
+    };
+    let step = f32::from_bits(u32::from(scale) << 16);
+    for ((x, out), back) in values.iter().zip(out).zip(back) {
+        let level = (x / step).round_ties_even().clamp(-128.0, 127.0);
+        *out = (level + 128.0) as u8;
+        // As its reader has it: the product is a bfloat16 too.
+        *back = f32::from_bits(u32::from(bf16(level * step)) << 16);
+    }
+    scale
 }
 
 /// Without a branch in the loop, so that it is done many at a time.
@@ -342,14 +405,31 @@ mod tests {
                 [0.0, 0.0, value, 1.0].iter().flat_map(|x| x.to_le_bytes()).collect();
             let mut out = vec![0; 4 * dtype.bitsize() / 8];
             let rows = Rows { bytes: &base, dtype: Dtype::F32, columns: 2, first: 0 };
-            let merged = Buffers::default().merge(rows, &changes, dtype, &mut out);
-            let converted = Buffers::default().convert(rows, dtype, &mut out);
-            for said in [merged.map(|_| ()), converted] {
+            let stored = Stored::Float(dtype);
+            let merged = Buffers::default().merge(rows, &changes, stored, &mut out);
+            let converted = Buffers::default().convert(rows, stored, &mut out);
+            for said in [merged, converted] {
                 assert_eq!(said.is_ok(), fits, "{value}");
                 if let Err(wrong) = said {
                     assert_eq!((wrong.row, wrong.column), (1, 0));
                 }
             }
         }
+    }
+
+    /// By hand: steps of 1, halves to the even neighbour, the largest at either end.
+    #[test]
+    fn rows_in_eight_bits() {
+        let mut values = vec![0.5, 1.5, -0.5, -127.5, 127.4];
+        let (mut out, mut back) = (vec![9; 8], vec![0.0; 5]);
+        assert_eq!(int8(&values, &mut out, &mut back), 0x3F80);
+        assert_eq!(out, [128, 130, 128, 0, 255, 9, 9, 9]);
+        assert_eq!(back, [0.0, 2.0, 0.0, -128.0, 127.0]);
+        values.fill(0.0);
+        int8(&values, &mut out, &mut back);
+        assert_eq!(out[..5], [128; 5]);
+        let rows = Rows { bytes: &f32::NAN.to_le_bytes(), dtype: Dtype::F32, columns: 1, first: 3 };
+        let said = Buffers::default().convert(rows, Stored::Int8, &mut [0; 4]);
+        assert_eq!(said.err().map(|wrong| wrong.row), Some(3));
     }
 }

@@ -41,7 +41,7 @@ pub fn run(job: &Job) -> Result<()> {
     fit(job, &training, &model, trainables.collect(), &data, place.device)?;
 
     checkpoint::copy_companions(&base.path, job.out()).map_err(Failure::from)?;
-    checkpoint::copy_config(&base.path, job.out(), "bfloat16").map_err(Failure::from)?;
+    checkpoint::copy_config(&base.path, job.out(), "bfloat16", |_| ()).map_err(Failure::from)?;
     let weights = model.weights()?.into_iter().collect();
     tensor::write(&job.out().join("model.safetensors"), Dtype::BF16, &weights)
 }
