@@ -13,6 +13,7 @@ use step::Failure;
 
 use crate::display::{self, Table};
 
+pub mod export;
 mod peers;
 pub mod train;
 
@@ -262,6 +263,12 @@ fn children_cpu() -> f64 {
     };
     let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 * 1e-6;
     seconds(usage.ru_utime) + seconds(usage.ru_stime)
+}
+
+/// As many as were asked for, or as there are.
+pub fn threads(asked: Option<usize>) -> usize {
+    let all = || std::thread::available_parallelism().map_or(1, usize::from);
+    asked.unwrap_or_else(all).max(1)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

@@ -182,6 +182,21 @@ pub enum Bench {
         #[arg(short = 'j', long, value_name = "N")]
         threads: Option<usize>,
     },
+    /// Merges and exports beside PEFT, ONNX Runtime GenAI and llama.cpp: time, memory, size.
+    ///
+    /// Weights are random. The first run makes models of 3 GB and installs the peers into
+    /// target/bench-export, with pip and cmake.
+    Export {
+        /// Only cases with this in their names: `270M`, `GGUF`.
+        #[arg(long, value_name = "TEXT")]
+        only: Option<String>,
+        /// How often each side is run; medians are told.
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+        rounds: u64,
+        /// How many threads all may use; all there are, if not said.
+        #[arg(short = 'j', long, value_name = "N")]
+        threads: Option<usize>,
+    },
 }
 
 #[derive(Debug, Subcommand)]

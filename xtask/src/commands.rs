@@ -36,9 +36,12 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Bench { what: Bench::Engine { gib } } => bench::engine(&root, gib)?,
         Command::Bench { what: Bench::Train { device, only, rounds, threads } } => {
-            let all = || std::thread::available_parallelism().map_or(1, usize::from);
-            let threads = threads.unwrap_or_else(all).max(1);
+            let threads = bench::threads(threads);
             bench::train::run(&root, &bench::train::Options { device, only, rounds, threads })?;
+        }
+        Command::Bench { what: Bench::Export { only, rounds, threads } } => {
+            let threads = bench::threads(threads);
+            bench::export::run(&root, &bench::export::Options { only, rounds, threads })?;
         }
         Command::Schema => println!("{:#}", schema::of_recipes(REGISTRY)),
         Command::Completions { shell } => {
