@@ -43,11 +43,12 @@ fn crates_use_only_what_lies_below_them() {
             "engine" => &["step", "recipe", "store"],
             "checkpoint" => &["step"],
             "graph" => &["step", "checkpoint"],
+            "reference" => &["checkpoint"],
             "runtime" => &["step", "checkpoint", "graph"],
             "llamacpp" => &["step"],
             "xtask" => return None,
             family if families.contains(&family) => {
-                &["step", "checkpoint", "graph", "runtime", "llamacpp"]
+                &["step", "checkpoint", "graph", "reference", "runtime", "llamacpp"]
             }
             other => panic!(
                 "crates/{other} has no place in the house: give it one here and in ARCHITECTURE.md"
