@@ -4,7 +4,7 @@
 
 use half::f16;
 
-use super::Encoder;
+use super::{Encoder, integer};
 use crate::format::Type;
 
 pub struct Q4_0;
@@ -130,12 +130,11 @@ fn inverse(scale: f32) -> f32 {
     if scale != 0.0 { 1.0 / scale } else { 0.0 }
 }
 
-/// C's cast to an integer, and for what fits none, as under a scale whose inverse is an infinity, what
-/// x86 makes of it: ggml takes the lowest byte of that, a zero.
+/// C's cast to an integer. Under a scale whose inverse is an infinity nothing fits one; the lowest byte
+/// is then zero here as in ggml.
 #[inline(always)]
 fn cut(x: f32) -> i32 {
-    const BEYOND: f32 = 2_147_483_648.0;
-    if x.abs() < BEYOND { x as i32 } else { i32::MIN }
+    integer(x.trunc())
 }
 
 /// C's `roundf` and [`cut`]. Adding the number just below one half and cutting off is the same, and

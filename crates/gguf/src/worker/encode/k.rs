@@ -9,7 +9,7 @@
 
 use half::f16;
 
-use super::Encoder;
+use super::{Encoder, WHOLE, integer};
 use crate::format::Type;
 
 /// Values of a block.
@@ -374,17 +374,8 @@ fn pack_symmetric(
     }
 }
 
-/// From here on an f32 has no fraction: adding it rounds, to even where there is a choice.
-const WHOLE: f32 = 12_582_912.0;
-
 /// The nearest whole number.
 #[inline(always)]
 fn nearest(x: f32) -> f32 {
     x + WHOLE - WHOLE
-}
-
-/// ggml's `nearest_int`: the nearest whole number, and for an infinity what its bits come to.
-#[inline(always)]
-fn integer(x: f32) -> i32 {
-    ((x + WHOLE).to_bits() & 0x007F_FFFF) as i32 - 0x0040_0000
 }

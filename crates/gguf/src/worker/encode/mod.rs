@@ -119,6 +119,16 @@ fn any<E: Encoder, const N: usize>(values: &[f32], out: &mut [u8]) -> bool {
     holds
 }
 
+/// From here on an f32 has no fraction: adding it rounds, to even where there is a choice.
+const WHOLE: f32 = 12_582_912.0;
+
+/// ggml's `nearest_int`: the nearest whole number, and for what is none a multiple of 256. Unlike
+/// Rust's cast it is done many at a time.
+#[inline(always)]
+fn integer(x: f32) -> i32 {
+    ((x + WHOLE).to_bits() & 0x007F_FFFF) as i32 - 0x0040_0000
+}
+
 struct F32;
 struct F16;
 struct BF16;
