@@ -193,24 +193,37 @@ impl Mapped {
 impl TensorRef<'_> {
     /// The values as f32, exactly: each of the three types fits in it.
     pub fn to_f32(&self) -> Result<Vec<f32>, Error> {
+        let mut values = vec![0.0; self.len()];
+        self.read_f32(0, &mut values)?;
+        Ok(values)
+    }
+
+    /// The values from the one at `from` on, as f32, until `out` is full.
+    ///
+    /// # Panics
+    /// If the tensor ends before.
+    pub fn read_f32(&self, from: usize, out: &mut [f32]) -> Result<(), Error> {
         self.float()?;
-        Ok(match self.dtype {
-            Dtype::F32 => self
-                .data
-                .chunks_exact(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect(),
-            Dtype::BF16 => self
-                .data
-                .chunks_exact(2)
-                .map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32())
-                .collect(),
-            _ => self
-                .data
-                .chunks_exact(2)
-                .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
-                .collect(),
-        })
+        let size = self.dtype.bitsize() / 8;
+        let data = &self.data[from * size..][..out.len() * size];
+        match self.dtype {
+            Dtype::F32 => {
+                for (x, bytes) in out.iter_mut().zip(data.as_chunks().0) {
+                    *x = f32::from_le_bytes(*bytes);
+                }
+            }
+            Dtype::BF16 => {
+                for (x, bytes) in out.iter_mut().zip(data.as_chunks().0) {
+                    *x = bf16::from_le_bytes(*bytes).to_f32();
+                }
+            }
+            _ => {
+                for (x, bytes) in out.iter_mut().zip(data.as_chunks().0) {
+                    *x = f16::from_le_bytes(*bytes).to_f32();
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Elements.

@@ -1,6 +1,7 @@
 //! `gguf/export`: a model as one GGUF file, tokenizer and chat template inside.
 //!
-//! It is written from the checkpoint's own bits: nothing is rounded twice.
+//! It is written from the checkpoint's own bits: nothing is rounded twice, and each tensor has the
+//! bytes that llama-quantize makes of it.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -10,7 +11,7 @@ use step::{InputDef, Kind, Known, Refusal, Step};
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Export {
-    /// The type of the matrices; vectors are always F32.
+    /// The type of the matrices, or llama.cpp's mix of types; vectors are always F32.
     #[serde(default)]
     pub quant: Quant,
 }
@@ -50,11 +51,6 @@ impl Quant {
             Quant::Q6K => "Q6_K",
         }
     }
-
-    /// Whether this version writes it.
-    pub const fn built(self) -> bool {
-        matches!(self, Quant::F32 | Quant::F16 | Quant::BF16 | Quant::Q8)
-    }
 }
 
 impl Step for Export {
@@ -64,12 +60,6 @@ impl Step for Export {
     const OUTPUT: Kind = Kind::GgufModel;
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
-        if !self.quant.built() {
-            return Err(Refusal::NotBuilt {
-                what: format!("quant {}", self.quant.name()),
-                built: "F32, F16, BF16 and Q8_0 are".into(),
-            });
-        }
         for input in inputs.values().flatten() {
             if let Some(architecture) = &input.facts.architecture
                 && !checkpoint::EXPORTED.contains(&architecture.as_str())
@@ -91,6 +81,8 @@ mod tests {
     use step::{Facts, StepDef};
 
     const DEF: StepDef = StepDef::of::<Export>();
+    const QUANTS: [&str; 9] =
+        ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K_M", "Q5_K_M", "Q6_K"];
 
     fn plan(quant: &str, architecture: &str) -> Result<(), String> {
         let serde_json::Value::Object(params) = json!({"quant": quant}) else { unreachable!() };
@@ -106,22 +98,19 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_by_name() {
-        for built in ["F32", "F16", "BF16", "Q8_0"] {
-            assert_eq!(plan(built, "llama"), Ok(()));
+        for quant in QUANTS {
+            assert_eq!(plan(quant, "llama"), Ok(()));
         }
-        for (quant, architecture, message) in [
-            ("Q4_0", "llama", "quant Q4_0 is not built yet: F32, F16, BF16 and Q8_0 are"),
-            ("Q4_K_M", "llama", "quant Q4_K_M is not built yet: F32, F16, BF16 and Q8_0 are"),
-            ("F16", "gemma3_text", "architecture gemma3_text is not built yet: llama is"),
-        ] {
-            assert_eq!(plan(quant, architecture).unwrap_err(), message);
-        }
+        assert_eq!(
+            plan("F16", "gemma3_text").unwrap_err(),
+            "architecture gemma3_text is not built yet: llama is"
+        );
         assert!(plan("Q9", "llama").unwrap_err().contains("unknown variant `Q9`"));
     }
 
     #[test]
     fn names_are_what_recipes_say() {
-        for quant in ["Q5_0", "Q5_K_M", "Q6_K", "Q8_0", "BF16"] {
+        for quant in QUANTS {
             let parsed: Quant = serde_json::from_value(json!(quant)).unwrap();
             assert_eq!(parsed.name(), quant);
         }

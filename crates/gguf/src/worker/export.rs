@@ -1,9 +1,12 @@
 //! The work of `gguf/export`: keys from the folder's JSON, then tensor by tensor over mmap.
 //!
 //! Each row is encoded by one thread, so the bytes do not depend on how many there are. In memory
-//! are the keys and a few MiB of rows, whatever the size of the model.
+//! are the keys and a few MiB of rows, whatever the size of the model. Tensors come in the order of
+//! the checkpoint's layers, as from llama.cpp's converter; llama-quantize sorts them by name.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -17,11 +20,13 @@ use step::worker::{Job, Progress};
 
 use crate::encode::{self, Wrong};
 use crate::format::{Info, Type, Value, Writer};
+use crate::mix::{self, Mix};
 use crate::tensors::{self, Tensor};
 use crate::tokenizer;
 
-/// Values that are encoded at a time.
+/// Values that are encoded before they are written, and those of them that one thread takes at a time.
 const PIECE: usize = 1 << 22;
+const SHARE: usize = 1 << 14;
 
 pub fn run(job: &Job) -> Result<()> {
     let params: Export = job.params()?;
@@ -40,9 +45,18 @@ pub fn run(job: &Job) -> Result<()> {
     let infos: Vec<Info> = tensors.iter().map(|t| t.info.clone()).collect();
     let mut writer = Writer::create(&path, &keys, infos)?;
     let threads = rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build()?;
+    // While a piece is encoded, the one before it is written.
+    let (mut encoded, mut ready) = (Vec::new(), Vec::new());
     for (done, tensor) in tensors.iter().enumerate() {
         let source = weights.get(&tensor.source).map_err(Failure::from)?;
-        threads.install(|| write(&mut writer, tensor, &source))?;
+        for rows in pieces(&tensor.info) {
+            let (encode, write) = threads
+                .join(|| encode(tensor, &source, rows, &mut encoded), || writer.write(&ready));
+            write?;
+            encode?;
+            weights.let_go(&tensor.source);
+            std::mem::swap(&mut encoded, &mut ready);
+        }
         job.progress(Progress {
             phase: "export".into(),
             done: done as u64 + 1,
@@ -51,21 +65,11 @@ pub fn run(job: &Job) -> Result<()> {
             ..Progress::default()
         });
     }
+    writer.write(&ready)?;
     let bytes = writer.finish()?;
 
-    let fallbacks: Vec<&Info> =
-        tensors.iter().map(|t| &t.info).filter(|i| fell_back(i, &params)).collect();
     let mut notes = tokenizer.notes;
-    if let Some(first) = fallbacks.first() {
-        notes.push(format!(
-            "{} of {} tensors are F16: {} has rows of {} values, and {} packs them by 32",
-            fallbacks.len(),
-            tensors.len(),
-            first.name,
-            first.shape.last().copied().unwrap_or_default(),
-            params.quant.name()
-        ));
-    }
+    notes.extend(fallbacks(&tensors, &Mix::new(&config, params.quant)));
     for note in &notes {
         job.note(note);
     }
@@ -77,78 +81,99 @@ pub fn run(job: &Job) -> Result<()> {
     Ok(())
 }
 
-/// One tensor, a few rows at a time.
-fn write(writer: &mut Writer, tensor: &Tensor, source: &TensorRef) -> Result<()> {
-    let columns = tensor.info.shape.last().copied().unwrap_or(1);
-    let rows = source.len() / columns;
-    let kind = tensor.info.kind;
-    let (in_bytes, out_bytes) = (columns * source.dtype.bitsize() / 8, kind.row_bytes(columns));
-    let at_a_time = (PIECE / columns).clamp(1, rows);
-    let mut piece = vec![0; at_a_time * out_bytes];
-    for from in (0..rows).step_by(at_a_time) {
-        let piece = &mut piece[..at_a_time.min(rows - from) * out_bytes];
-        let wrong = piece
-            .par_chunks_mut(out_bytes)
-            .enumerate()
-            .filter_map(|(at, out)| {
-                let row = tensor.rows.source(from + at);
-                let mut one = source.clone();
-                one.shape = vec![columns];
-                one.data = &source.data[row * in_bytes..][..in_bytes];
-                // The type was checked when the folder was opened.
-                let values = one.to_f32().expect("a type of the checkpoint's");
-                encode::row(&values, kind, out).err().map(|wrong| (row, wrong))
-            })
-            .min_by_key(|(row, _)| *row);
-        if let Some((row, wrong)) = wrong {
-            return Err(failure(tensor, row, wrong).into());
-        }
-        writer.write(piece)?;
-    }
-    Ok(())
+/// The rows of a tensor, a few at a time.
+fn pieces(info: &Info) -> impl Iterator<Item = Range<usize>> {
+    let (rows, columns) = info.rows();
+    let at_a_time = (PIECE / columns).max(1);
+    (0..rows).step_by(at_a_time).map(move |from| from..rows.min(from + at_a_time))
 }
 
-fn failure(tensor: &Tensor, row: usize, wrong: Wrong) -> Failure {
+/// Encodes `rows` of the file's tensor into `out`, in place of what is there.
+fn encode(
+    tensor: &Tensor,
+    source: &TensorRef,
+    rows: Range<usize>,
+    out: &mut Vec<u8>,
+) -> Result<()> {
+    let (_, columns) = tensor.info.rows();
+    let row_bytes = tensor.info.kind.row_bytes(columns);
+    let share = (SHARE / columns).max(1);
+    out.clear();
+    out.resize(rows.len() * row_bytes, 0);
+    let shares = out.par_chunks_mut(share * row_bytes).enumerate();
+    let wrong = shares.map_init(Vec::new, |values, (at, out)| {
+        let from = rows.start + at * share;
+        values.resize(out.len() / row_bytes * columns, 0.0);
+        for (at, row) in values.chunks_exact_mut(columns).enumerate() {
+            let row_there = tensor.rows.source(from + at);
+            // The type was checked when the folder was opened.
+            source.read_f32(row_there * columns, row).expect("a type of the checkpoint's");
+        }
+        encode::rows(values, tensor.info.kind, out).err().map(|wrong| (from, wrong))
+    });
+    match wrong.flatten().min_by_key(|(from, _)| *from) {
+        Some((from, wrong)) => Err(failure(tensor, from, wrong).into()),
+        None => Ok(()),
+    }
+}
+
+/// What is wrong with values of the rows from `from` on.
+fn failure(tensor: &Tensor, from: usize, wrong: Wrong) -> Failure {
     let name = &tensor.source;
-    let place = |column: usize| match tensor.info.shape.len() {
-        1 => format!("[{column}]"),
-        _ => format!("[{row}, {column}]"),
+    let place = |at: usize| match tensor.info.rows() {
+        _ if tensor.info.shape.len() == 1 => format!("[{at}]"),
+        (_, columns) => {
+            format!("[{}, {}]", tensor.rows.source(from + at / columns), at % columns)
+        }
     };
     match wrong {
-        Wrong::NotFinite { column, value } => {
-            Failure::input(format!("`{name}` is {value} at {}", place(column)))
+        Wrong::NotFinite { at, value } => {
+            Failure::input(format!("`{name}` is {value} at {}", place(at)))
                 .hint("the model is broken: look at the loss of the step that trained it")
         }
-        Wrong::TooLarge { column, value } => Failure::input(format!(
+        Wrong::TooLarge { at, value } => Failure::input(format!(
             "`{name}` is {value} at {}: {} cannot hold it",
-            place(column),
+            place(at),
             tensor.info.kind.name()
         ))
         .hint("export with quant = \"F32\" or \"BF16\""),
     }
 }
 
-fn fell_back(info: &Info, params: &Export) -> bool {
-    params.quant == Quant::Q8 && info.kind == Type::F16
+/// What to say of tensors that are not in the type that the mix has for them.
+fn fallbacks(tensors: &[Tensor], mix: &Mix) -> Vec<String> {
+    let mut kinds: BTreeMap<(Type, Type), Vec<&Info>> = BTreeMap::new();
+    for Tensor { info, .. } in tensors {
+        let wanted = mix.wanted(&info.name, &info.shape);
+        if wanted != info.kind {
+            kinds.entry((wanted, info.kind)).or_default().push(info);
+        }
+    }
+    let note = |((wanted, kind), infos): (&(Type, Type), &Vec<&Info>)| {
+        format!(
+            "{} of {} tensors are {}: {} has rows of {} values, and {} packs them by {}",
+            infos.len(),
+            tensors.len(),
+            kind.name(),
+            infos[0].name,
+            infos[0].rows().1,
+            wanted.name(),
+            wanted.block().0
+        )
+    };
+    kinds.iter().map(note).collect()
 }
 
 /// The keys that say what the model is and how it computes.
 fn model_keys(config: &Config, name: &str, quant: Quant) -> Result<Vec<(String, Value)>> {
     let architecture = config.architecture.model_type();
     let number = |what: usize| u32::try_from(what).map(Value::U32).context("beyond 32 bits");
-    let file_type = match quant {
-        Quant::F32 => 0,
-        Quant::F16 => 1,
-        Quant::Q8 => 7,
-        Quant::BF16 => 32,
-        other => anyhow::bail!(Failure::bug(format!("{} is not built", other.name()))),
-    };
     let general = [
         ("architecture", Value::Text(architecture.into())),
         ("type", Value::Text("model".into())),
         ("name", Value::Text(name.into())),
         ("size_label", Value::Text(size_label(config.parameters()))),
-        ("file_type", Value::U32(file_type)),
+        ("file_type", Value::U32(mix::file_type(quant))),
         ("quantization_version", Value::U32(2)),
     ];
     let own = [

@@ -24,12 +24,18 @@ pub enum Value {
 }
 
 /// How a tensor's values lie in the file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Type {
     F32,
     F16,
     BF16,
     Q8_0,
+    Q4_0,
+    Q5_0,
+    Q5_1,
+    Q4K,
+    Q5K,
+    Q6K,
 }
 
 impl Type {
@@ -37,7 +43,13 @@ impl Type {
         match self {
             Type::F32 => 0,
             Type::F16 => 1,
+            Type::Q4_0 => 2,
+            Type::Q5_0 => 6,
+            Type::Q5_1 => 7,
             Type::Q8_0 => 8,
+            Type::Q4K => 12,
+            Type::Q5K => 13,
+            Type::Q6K => 14,
             Type::BF16 => 30,
         }
     }
@@ -48,16 +60,34 @@ impl Type {
             Type::F16 => "F16",
             Type::BF16 => "BF16",
             Type::Q8_0 => "Q8_0",
+            Type::Q4_0 => "Q4_0",
+            Type::Q5_0 => "Q5_0",
+            Type::Q5_1 => "Q5_1",
+            Type::Q4K => "Q4_K",
+            Type::Q5K => "Q5_K",
+            Type::Q6K => "Q6_K",
         }
     }
 
-    /// Bytes of a row of `columns` values; of Q8_0 there are whole blocks of 32 only.
-    pub const fn row_bytes(self, columns: usize) -> usize {
+    /// How many values are packed together, and the bytes that they take.
+    pub const fn block(self) -> (usize, usize) {
         match self {
-            Type::F32 => columns * 4,
-            Type::F16 | Type::BF16 => columns * 2,
-            Type::Q8_0 => columns / 32 * 34,
+            Type::F32 => (1, 4),
+            Type::F16 | Type::BF16 => (1, 2),
+            Type::Q8_0 => (32, 34),
+            Type::Q4_0 => (32, 18),
+            Type::Q5_0 => (32, 22),
+            Type::Q5_1 => (32, 24),
+            Type::Q4K => (256, 144),
+            Type::Q5K => (256, 176),
+            Type::Q6K => (256, 210),
         }
+    }
+
+    /// Bytes of a row of `columns` values, which are whole blocks.
+    pub const fn row_bytes(self, columns: usize) -> usize {
+        let (values, bytes) = self.block();
+        columns / values * bytes
     }
 }
 
@@ -71,9 +101,14 @@ pub struct Info {
 }
 
 impl Info {
-    pub fn bytes(&self) -> usize {
+    /// Rows and columns; a vector is one row.
+    pub fn rows(&self) -> (usize, usize) {
         let columns = self.shape.last().copied().unwrap_or(1);
-        let rows: usize = self.shape.iter().rev().skip(1).product();
+        (self.shape.iter().rev().skip(1).product(), columns)
+    }
+
+    pub fn bytes(&self) -> usize {
+        let (rows, columns) = self.rows();
         rows * self.kind.row_bytes(columns)
     }
 }

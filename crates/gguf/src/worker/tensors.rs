@@ -1,4 +1,4 @@
-//! From Hugging Face's tensors to llama.cpp's: names, types, and the order of rows.
+//! From Hugging Face's tensors to llama.cpp's: names, and the order of rows.
 //!
 //! Knows nothing of bytes. The list is closed: what is not on it is no tensor of the architecture.
 
@@ -6,7 +6,8 @@ use checkpoint::config::Config;
 use checkpoint::names;
 use gguf::export::Quant;
 
-use crate::format::{Info, Type};
+use crate::format::Info;
+use crate::mix::Mix;
 
 /// One tensor on its way.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,6 +45,7 @@ impl Rows {
 
 /// All tensors of the file, in its order.
 pub fn plan(config: &Config, quant: Quant) -> Vec<Tensor> {
+    let mix = Mix::new(config, quant);
     let shapes = names::expected(config);
     let tensors = shapes.into_iter().map(|(source, shape)| {
         let name = name(&source);
@@ -51,21 +53,10 @@ pub fn plan(config: &Config, quant: Quant) -> Vec<Tensor> {
             Some("q_proj" | "k_proj") => Rows::Interleaved { head_dim: config.head_dim },
             _ => Rows::AsTheyAre,
         };
-        let kind = kind(&shape, quant);
+        let kind = mix.kind(&name, &shape);
         Tensor { source, info: Info { name, shape, kind }, rows }
     });
     tensors.collect()
-}
-
-/// Vectors stay F32: they are small, and llama.cpp computes with them as they are.
-fn kind(shape: &[usize], quant: Quant) -> Type {
-    match (shape, quant) {
-        ([_], _) | (_, Quant::F32) => Type::F32,
-        (_, Quant::BF16) => Type::BF16,
-        ([.., columns], Quant::Q8) if columns % 32 == 0 => Type::Q8_0,
-        // What Q8_0 has no whole blocks for is F16, as llama.cpp's own converter does it.
-        _ => Type::F16,
-    }
 }
 
 fn name(source: &str) -> String {
@@ -118,17 +109,13 @@ mod tests {
     }
 
     #[test]
-    fn names_and_types() {
+    fn names_and_rows() {
         let config = r#"{"model_type":"llama","hidden_size":64,"num_hidden_layers":11,
             "num_attention_heads":4,"num_key_value_heads":2,"intermediate_size":72,
             "vocab_size":96,"tie_word_embeddings":false}"#;
         let config = Config::parse(config, std::path::Path::new("config.json")).unwrap();
         let tensors = plan(&config, Quant::Q8);
         let find = |name: &str| tensors.iter().find(|t| t.info.name == name).unwrap();
-        assert_eq!(find("blk.10.attn_output.weight").info.kind, Type::Q8_0);
-        // 72 columns are no whole blocks.
-        assert_eq!(find("blk.10.ffn_down.weight").info.kind, Type::F16);
-        assert_eq!(find("blk.0.ffn_norm.weight").info.kind, Type::F32);
         assert_eq!(find("output.weight").source, "lm_head.weight");
         assert_eq!(find("blk.3.attn_k.weight").rows, Rows::Interleaved { head_dim: 16 });
         assert_eq!(find("blk.3.attn_v.weight").rows, Rows::AsTheyAre);

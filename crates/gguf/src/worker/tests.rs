@@ -296,7 +296,7 @@ fn what_is_written_reads_back() {
 fn the_same_bytes_however_many_threads() {
     let dir = tempfile::tempdir().unwrap();
     model(&dir.path().join("model"), &config(), |_, _| {});
-    for quant in ["F32", "BF16", "Q8_0"] {
+    for quant in ["F32", "BF16", "Q8_0", "Q4_K_M"] {
         let bytes =
             |threads| std::fs::read(exported(dir.path(), quant, threads).unwrap().0).unwrap();
         assert!(bytes(1) == bytes(3), "{quant}");
@@ -320,6 +320,33 @@ fn rows_that_are_no_blocks_are_f16_and_it_is_said() {
 }
 
 #[test]
+fn a_mix_takes_the_nearest_type_for_short_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config();
+    config["intermediate_size"] = json!(256);
+    model(&dir.path().join("model"), &config, |_, _| {});
+    let (path, said) = exported(dir.path(), "Q4_K_M", 2).unwrap();
+    let file = File::read(&path);
+    assert_eq!(file.keys["general.file_type"], format::Value::U32(15));
+    for (name, kind) in [
+        ("token_embd.weight", 8),
+        ("blk.0.ffn_down.weight", 12),
+        ("blk.1.ffn_down.weight", 14),
+        ("blk.0.attn_v.weight", 6),
+        ("blk.1.attn_v.weight", 8),
+        ("blk.1.ffn_up.weight", 6),
+    ] {
+        assert_eq!(file.tensors[name].1, kind, "{name}");
+    }
+    for note in [
+        "11 of 20 tensors are Q5_0: blk.0.attn_q.weight has rows of 64 values, and Q4_K packs them",
+        "2 of 20 tensors are Q8_0: token_embd.weight has rows of 64 values, and Q6_K packs them by",
+    ] {
+        assert!(said.contains(note), "{said}");
+    }
+}
+
+#[test]
 fn an_untied_head_is_written() {
     let dir = tempfile::tempdir().unwrap();
     let mut config = config();
@@ -338,6 +365,11 @@ fn broken_weights_are_named() {
             -7e4,
             "F16",
             "`model.layers.1.mlp.up_proj.weight` is -70000 at [3, 5]: F16 cannot hold it",
+        ),
+        (
+            6e5,
+            "Q4_0",
+            "`model.layers.1.mlp.up_proj.weight` is 600000 at [3, 5]: Q4_0 cannot hold it",
         ),
     ] {
         let dir = tempfile::tempdir().unwrap();

@@ -105,7 +105,7 @@ impl Plain {
 /// What is left of a row that was written as `kind`.
 fn rounded(row: &[f32], kind: Type) -> Vec<f64> {
     let mut bytes = vec![0; kind.row_bytes(row.len())];
-    encode::row(row, kind, &mut bytes).unwrap();
+    encode::rows(row, kind, &mut bytes).unwrap();
     let two = |b: &[u8]| [b[0], b[1]];
     let f16 = |b: &[u8]| f64::from(f16::from_le_bytes(two(b)).to_f32());
     match kind {
