@@ -23,6 +23,7 @@ const MAX_DIMS: u32 = 4;
 pub enum Block {
     Q4_0,
     Q5_0,
+    Q5_1,
     Q8_0,
     Q4K,
     Q5K,
@@ -143,12 +144,12 @@ fn layout(code: u32) -> (String, Layout) {
         30 => ("BF16", Numbers(Number::BF16)),
         2 => ("Q4_0", Blocks(Block::Q4_0)),
         6 => ("Q5_0", Blocks(Block::Q5_0)),
+        7 => ("Q5_1", Blocks(Block::Q5_1)),
         8 => ("Q8_0", Blocks(Block::Q8_0)),
         12 => ("Q4_K", Blocks(Block::Q4K)),
         13 => ("Q5_K", Blocks(Block::Q5K)),
         14 => ("Q6_K", Blocks(Block::Q6K)),
         3 => ("Q4_1", Unknown),
-        7 => ("Q5_1", Unknown),
         9 => ("Q8_1", Unknown),
         10 => ("Q2_K", Unknown),
         11 => ("Q3_K", Unknown),
@@ -173,7 +174,7 @@ fn layout(code: u32) -> (String, Layout) {
 impl Block {
     const fn values(self) -> usize {
         match self {
-            Block::Q4_0 | Block::Q5_0 | Block::Q8_0 => 32,
+            Block::Q4_0 | Block::Q5_0 | Block::Q5_1 | Block::Q8_0 => 32,
             Block::Q4K | Block::Q5K | Block::Q6K => 256,
         }
     }
@@ -182,6 +183,7 @@ impl Block {
         match self {
             Block::Q4_0 => 18,
             Block::Q5_0 => 22,
+            Block::Q5_1 => 24,
             Block::Q8_0 => 34,
             Block::Q4K => 144,
             Block::Q5K => 176,
@@ -209,6 +211,11 @@ impl Block {
                 let (d, high, levels) = (scale(0), &block[2..6], &block[6..]);
                 let level = |i| nibble(levels, i) | (high[i / 8] >> (i % 8) & 1) << 4;
                 out.extend((0..32).map(|i| f64::from((i32::from(level(i)) - 16) as f32 * d)));
+            }
+            Block::Q5_1 => {
+                let (d, least, high, levels) = (scale(0), scale(2), &block[4..8], &block[8..]);
+                let level = |i| nibble(levels, i) | (high[i / 8] >> (i % 8) & 1) << 4;
+                out.extend((0..32).map(|i| f64::from(f32::from(level(i)) * d + least)));
             }
             Block::Q8_0 => {
                 let d = scale(0);
@@ -337,13 +344,15 @@ mod tests {
     #[test]
     fn values_are_those_of_another_reader() {
         let tensors = read(GOLDEN).unwrap();
-        assert_eq!(hold_to_expected(&tensors), 9);
+        assert_eq!(hold_to_expected(&tensors), 10);
         let kinds: Vec<&str> = tensors
             .iter()
             .filter(|t| !t.name.ends_with(".expected"))
             .map(|t| t.kind.as_str())
             .collect();
-        let all = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K", "IQ2_XS"];
+        let all = [
+            "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K", "Q5_1", "IQ2_XS",
+        ];
         assert_eq!(kinds, all);
         let opaque = tensors.iter().find(|t| t.kind == "IQ2_XS").unwrap();
         assert!(matches!(&opaque.values, Values::Opaque(bytes) if bytes.starts_with(b"\x07\x0a")));

@@ -53,6 +53,7 @@ def types():
     for name, kind, low in [("q4_k", T.Q4_K, 140), ("q5_k", T.Q5_K, 172)]:
         add(name, np.concatenate([halves(0.0123, 0.271), noise(low)])[None], kind)
     add("q6_k", np.concatenate([noise(208), halves(0.00173)])[None], T.Q6_K)
+    add("q5_1", np.concatenate([halves(0.0371, -0.271), np.arange(20, dtype=np.uint8) * 13])[None], T.Q5_1)
     # Not decoded: known by its first bytes.
     unknown = np.zeros((1, 74), dtype=np.uint8)
     unknown[0, :2] = [7, 10]
