@@ -72,11 +72,11 @@ impl Step for Export {
         }
         for input in inputs.values().flatten() {
             if let Some(architecture) = &input.facts.architecture
-                && !checkpoint::EXPORTED.contains(&architecture.as_str())
+                && !checkpoint::ARCHITECTURES.contains(&architecture.as_str())
             {
                 return Err(Refusal::NotBuilt {
                     what: format!("architecture {architecture}"),
-                    built: checkpoint::are(checkpoint::EXPORTED),
+                    built: checkpoint::are(checkpoint::ARCHITECTURES),
                 });
             }
         }
@@ -109,10 +109,18 @@ mod tests {
         for built in ["F32", "F16", "BF16", "Q8_0"] {
             assert_eq!(plan(built, "llama"), Ok(()));
         }
+        for architecture in checkpoint::ARCHITECTURES {
+            assert_eq!(plan("F16", architecture), Ok(()));
+        }
         for (quant, architecture, message) in [
             ("Q4_0", "llama", "quant Q4_0 is not built yet: F32, F16, BF16 and Q8_0 are"),
             ("Q4_K_M", "llama", "quant Q4_K_M is not built yet: F32, F16, BF16 and Q8_0 are"),
-            ("F16", "gemma3_text", "architecture gemma3_text is not built yet: llama is"),
+            (
+                "F16",
+                "gemma3n_text",
+                "architecture gemma3n_text is not built yet: \
+                 llama, mistral, qwen2, qwen3, gemma3_text and phi3 are",
+            ),
         ] {
             assert_eq!(plan(quant, architecture).unwrap_err(), message);
         }

@@ -16,7 +16,8 @@ use step::Failure;
 use step::worker::{Job, Progress};
 
 use crate::encode::{self, Wrong};
-use crate::format::{Info, Type, Value, Writer};
+use crate::format::{Info, Type, Writer};
+use crate::keys;
 use crate::tensors::{self, Tensor};
 use crate::tokenizer;
 
@@ -27,18 +28,23 @@ pub fn run(job: &Job) -> Result<()> {
     let params: Export = job.params()?;
     let dir = &job.input("model")?.path;
     let config = Config::read(dir).map_err(Failure::from)?;
-    config.exportable(&dir.join("config.json")).map_err(Failure::from)?;
+    keys::refuse(&config, &dir.join("config.json"))?;
     let weights = Weights::open(dir).map_err(Failure::from)?;
     weights.check(&config).map_err(Failure::from)?;
     let tokenizer = tokenizer::read(dir, &config)?;
     let tensors = tensors::plan(&config, params.quant);
 
     let name = model_name(dir)?;
-    let mut keys = model_keys(&config, &name, params.quant)?;
+    let mut keys = keys::model(&config, &name, params.quant)?;
     keys.extend(tokenizer.keys);
     let path = job.out().join(format!("{name}-{}.gguf", params.quant.name()));
-    let infos: Vec<Info> = tensors.iter().map(|t| t.info.clone()).collect();
-    let mut writer = Writer::create(&path, &keys, infos)?;
+    let factors = tensors::factors(&config);
+    let infos = factors.iter().map(|(info, _)| info).chain(tensors.iter().map(|t| &t.info));
+    let mut writer = Writer::create(&path, &keys, infos.cloned().collect())?;
+    for (_, values) in &factors {
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        writer.write(&bytes)?;
+    }
     let threads = rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build()?;
     for (done, tensor) in tensors.iter().enumerate() {
         let source = weights.get(&tensor.source).map_err(Failure::from)?;
@@ -55,7 +61,8 @@ pub fn run(job: &Job) -> Result<()> {
 
     let fallbacks: Vec<&Info> =
         tensors.iter().map(|t| &t.info).filter(|i| fell_back(i, &params)).collect();
-    let mut notes = tokenizer.notes;
+    let mut notes = keys::notes(&config);
+    notes.extend(tokenizer.notes);
     if let Some(first) = fallbacks.first() {
         notes.push(format!(
             "{} of {} tensors are F16: {} has rows of {} values, and {} packs them by 32",
@@ -79,7 +86,7 @@ pub fn run(job: &Job) -> Result<()> {
 
 /// One tensor, a few rows at a time.
 fn write(writer: &mut Writer, tensor: &Tensor, source: &TensorRef) -> Result<()> {
-    let columns = tensor.info.shape.last().copied().unwrap_or(1);
+    let columns = tensor.columns();
     let rows = source.len() / columns;
     let kind = tensor.info.kind;
     let (in_bytes, out_bytes) = (columns * source.dtype.bitsize() / 8, kind.row_bytes(columns));
@@ -96,7 +103,10 @@ fn write(writer: &mut Writer, tensor: &Tensor, source: &TensorRef) -> Result<()>
                 one.shape = vec![columns];
                 one.data = &source.data[row * in_bytes..][..in_bytes];
                 // The type was checked when the folder was opened.
-                let values = one.to_f32().expect("a type of the checkpoint's");
+                let mut values = one.to_f32().expect("a type of the checkpoint's");
+                if tensor.plus != 0.0 {
+                    values.iter_mut().for_each(|x| *x += tensor.plus);
+                }
                 encode::row(&values, kind, out).err().map(|wrong| (row, wrong))
             })
             .min_by_key(|(row, _)| *row);
@@ -111,7 +121,7 @@ fn write(writer: &mut Writer, tensor: &Tensor, source: &TensorRef) -> Result<()>
 fn failure(tensor: &Tensor, row: usize, wrong: Wrong) -> Failure {
     let name = &tensor.source;
     let place = |column: usize| match tensor.info.shape.len() {
-        1 => format!("[{column}]"),
+        1 => format!("[{}]", row + column),
         _ => format!("[{row}, {column}]"),
     };
     match wrong {
@@ -130,54 +140,6 @@ fn failure(tensor: &Tensor, row: usize, wrong: Wrong) -> Failure {
 
 fn fell_back(info: &Info, params: &Export) -> bool {
     params.quant == Quant::Q8 && info.kind == Type::F16
-}
-
-/// The keys that say what the model is and how it computes.
-fn model_keys(config: &Config, name: &str, quant: Quant) -> Result<Vec<(String, Value)>> {
-    let architecture = config.architecture.model_type();
-    let number = |what: usize| u32::try_from(what).map(Value::U32).context("beyond 32 bits");
-    let file_type = match quant {
-        Quant::F32 => 0,
-        Quant::F16 => 1,
-        Quant::Q8 => 7,
-        Quant::BF16 => 32,
-        other => anyhow::bail!(Failure::bug(format!("{} is not built", other.name()))),
-    };
-    let general = [
-        ("architecture", Value::Text(architecture.into())),
-        ("type", Value::Text("model".into())),
-        ("name", Value::Text(name.into())),
-        ("size_label", Value::Text(size_label(config.parameters()))),
-        ("file_type", Value::U32(file_type)),
-        ("quantization_version", Value::U32(2)),
-    ];
-    let own = [
-        ("block_count", number(config.num_layers)?),
-        ("context_length", number(config.max_positions)?),
-        ("embedding_length", number(config.hidden_size)?),
-        ("feed_forward_length", number(config.intermediate_size)?),
-        ("attention.head_count", number(config.num_heads)?),
-        ("attention.head_count_kv", number(config.num_kv_heads)?),
-        ("attention.layer_norm_rms_epsilon", Value::F32(config.rms_norm_eps as f32)),
-        ("attention.key_length", number(config.head_dim)?),
-        ("attention.value_length", number(config.head_dim)?),
-        ("rope.freq_base", Value::F32(config.rope_theta as f32)),
-        ("rope.dimension_count", number(config.head_dim)?),
-        ("vocab_size", number(config.vocab_size)?),
-    ];
-    let general = general.into_iter().map(|(key, value)| (format!("general.{key}"), value));
-    let own = own.into_iter().map(|(key, value)| (format!("{architecture}.{key}"), value));
-    Ok(general.chain(own).collect())
-}
-
-/// `135M`, `3.1M`, `1.1B`: two digits at least, as llama.cpp's converter labels models.
-fn size_label(parameters: usize) -> String {
-    let (scaled, unit) = match parameters as f64 {
-        n if n > 1e9 => (n / 1e9, "B"),
-        n if n > 1e6 => (n / 1e6, "M"),
-        n => (n / 1e3, "K"),
-    };
-    if scaled.round() < 10.0 { format!("{scaled:.1}{unit}") } else { format!("{scaled:.0}{unit}") }
 }
 
 /// The name that config.json gives the model, made fit for a file; `model` if it has none.
@@ -205,22 +167,4 @@ fn report(tensors: &[Tensor], bytes: usize, bits: f64, notes: &[String]) -> Stri
         let _ = writeln!(text, "| {} | {:?} | {} |", info.name, info.shape, info.kind.name());
     }
     text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_have_two_digits() {
-        for (parameters, label) in [
-            (99_104, "99K"),
-            (3_141_592, "3.1M"),
-            (134_515_008, "135M"),
-            (999_600_000, "1000M"),
-            (1_100_048_384, "1.1B"),
-        ] {
-            assert_eq!(size_label(parameters), label);
-        }
-    }
 }

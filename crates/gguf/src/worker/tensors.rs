@@ -2,7 +2,9 @@
 //!
 //! Knows nothing of bytes. The list is closed: what is not on it is no tensor of the architecture.
 
-use checkpoint::config::Config;
+use std::f32::consts::PI;
+
+use checkpoint::config::{Architecture, Config, Llama3, RopeScaling};
 use checkpoint::names;
 use gguf::export::Quant;
 
@@ -14,8 +16,20 @@ pub struct Tensor {
     /// In the checkpoint.
     pub source: String,
     pub info: Info,
-    /// How its rows are dealt anew.
+    /// How its rows are dealt anew; those of a vector are its values.
     pub rows: Rows,
+    /// Added to each value: Gemma's norms multiply by 1 + w, llama.cpp by what the file says.
+    pub plus: f32,
+}
+
+impl Tensor {
+    /// Values of a row that stays whole.
+    pub fn columns(&self) -> usize {
+        match (self.info.shape.as_slice(), self.rows) {
+            ([_], Rows::Interleaved { .. }) => 1,
+            (shape, _) => shape.last().copied().unwrap_or(1),
+        }
+    }
 }
 
 /// Where the rows of the file come from.
@@ -42,19 +56,63 @@ impl Rows {
     }
 }
 
-/// All tensors of the file, in its order.
+/// All tensors of the checkpoint, in the file's order.
 pub fn plan(config: &Config, quant: Quant) -> Vec<Tensor> {
+    use Architecture::{Gemma3, Llama, Mistral};
+    let turns = matches!(config.architecture, Llama | Mistral);
     let shapes = names::expected(config);
     let tensors = shapes.into_iter().map(|(source, shape)| {
-        let name = name(&source);
+        let name = name(&source, config.architecture);
         let rows = match source.rsplit('.').nth(1) {
-            Some("q_proj" | "k_proj") => Rows::Interleaved { head_dim: config.head_dim },
+            Some("q_proj" | "k_proj") if turns => Rows::Interleaved { head_dim: config.head_dim },
             _ => Rows::AsTheyAre,
         };
+        let gemma_norm = config.architecture == Gemma3 && source.ends_with("norm.weight");
+        let plus = if gemma_norm { 1.0 } else { 0.0 };
         let kind = kind(&shape, quant);
-        Tensor { source, info: Info { name, shape, kind }, rows }
+        Tensor { source, info: Info { name, shape, kind }, rows, plus }
     });
     tensors.collect()
+}
+
+/// What is no tensor of the checkpoint and stands before them: by what each wavelength of the
+/// rotary positions is multiplied.
+pub fn factors(config: &Config) -> Vec<(Info, Vec<f32>)> {
+    let single = |factors: &[f64]| factors.iter().map(|x| *x as f32).collect();
+    let factors: Vec<(&str, Vec<f32>)> = match &config.rope_scaling {
+        None => Vec::new(),
+        Some(RopeScaling::Llama3(scaling)) => {
+            vec![("rope_freqs", stretches(config.rope_theta, config.head_dim, scaling))]
+        }
+        Some(RopeScaling::LongRope(scaling)) => vec![
+            ("rope_factors_long", single(&scaling.long_factor)),
+            ("rope_factors_short", single(&scaling.short_factor)),
+        ],
+    };
+    let named = factors.into_iter().map(|(name, values)| {
+        let (name, shape) = (format!("{name}.weight"), vec![values.len()]);
+        (Info { name, shape, kind: Type::F32 }, values)
+    });
+    named.collect()
+}
+
+/// Llama 3.1's, from the very operations of the converter: f32 where it has tensors.
+fn stretches(theta: f64, dims: usize, scaling: &Llama3) -> Vec<f32> {
+    let Llama3 { factor, low_freq_factor: low, high_freq_factor: high, .. } = *scaling;
+    let original = scaling.original_max_positions;
+    let stretch = |pair: usize| {
+        let frequency = 1.0 / (theta as f32).powf((2 * pair) as f32 / dims as f32);
+        let wave = 2.0 * PI / frequency;
+        if wave < (original / high) as f32 {
+            return 1.0;
+        }
+        if wave > (original / low) as f32 {
+            return factor as f32;
+        }
+        let smooth = (original as f32 / wave - low as f32) / (high - low) as f32;
+        1.0 / ((1.0 - smooth) / factor as f32 + smooth)
+    };
+    (0..dims / 2).map(stretch).collect()
 }
 
 /// Vectors stay F32: they are small, and llama.cpp computes with them as they are.
@@ -68,7 +126,7 @@ fn kind(shape: &[usize], quant: Quant) -> Type {
     }
 }
 
-fn name(source: &str) -> String {
+fn name(source: &str, architecture: Architecture) -> String {
     let plain = match source {
         names::EMBED => Some("token_embd"),
         names::NORM => Some("output_norm"),
@@ -80,19 +138,28 @@ fn name(source: &str) -> String {
     }
     let mut parts = source.trim_start_matches("model.layers.").splitn(2, '.');
     let (block, part) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
-    let part = match part.trim_end_matches(".weight") {
+    let (part, leaf) = part.rsplit_once('.').unwrap_or((part, "weight"));
+    let gemma = architecture == Architecture::Gemma3;
+    let part = match part {
         "self_attn.q_proj" => "attn_q",
         "self_attn.k_proj" => "attn_k",
         "self_attn.v_proj" => "attn_v",
+        "self_attn.qkv_proj" => "attn_qkv",
         "self_attn.o_proj" => "attn_output",
+        "self_attn.q_norm" => "attn_q_norm",
+        "self_attn.k_norm" => "attn_k_norm",
         "mlp.gate_proj" => "ffn_gate",
-        "mlp.up_proj" => "ffn_up",
+        // Phi-3's gate is the upper half of this matrix.
+        "mlp.up_proj" | "mlp.gate_up_proj" => "ffn_up",
         "mlp.down_proj" => "ffn_down",
         "input_layernorm" => "attn_norm",
-        "post_attention_layernorm" => "ffn_norm",
+        // The one name for two places: before the MLP, and in Gemma after attention.
+        "post_attention_layernorm" if gemma => "post_attention_norm",
+        "post_attention_layernorm" | "pre_feedforward_layernorm" => "ffn_norm",
+        "post_feedforward_layernorm" => "post_ffw_norm",
         other => unreachable!("`checkpoint::names` has no {other}"),
     };
-    format!("blk.{block}.{part}.weight")
+    format!("blk.{block}.{part}.{leaf}")
 }
 
 #[cfg(test)]

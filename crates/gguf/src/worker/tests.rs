@@ -16,6 +16,8 @@ use step::{Failure, Kind};
 use crate::{export, format};
 
 #[cfg(feature = "llamacpp-test")]
+mod architectures;
+#[cfg(feature = "llamacpp-test")]
 mod llamacpp;
 
 const TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n\

@@ -84,7 +84,17 @@ enum Rule {
     /// `gpt2`: bytes as letters, split by the named rule.
     Bytes(&'static str),
     /// `llama`: SentencePiece's habits, with a space before the text or not.
-    Pieces { space_prefix: bool },
+    Pieces { prefix: Prefix },
+}
+
+/// Where SentencePiece puts a space that is not in the text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Prefix {
+    Never,
+    /// Before the text and after each special token.
+    Always,
+    /// Before the text only.
+    First,
 }
 
 /// The keys of the tokenizer in the folder `dir`.
@@ -94,8 +104,8 @@ pub fn read(dir: &Path, config: &Config) -> Result<Keys> {
         .map_err(|e| Failure::input(format!("{}: {e}", path.display())))?;
     let rule = rule(&file).map_err(|what| {
         Failure::input(format!("{}: llama.cpp has no name for {what}", path.display())).hint(
-            "known are byte-level BPE split as by GPT-2, SmolLM, Llama 3 or Qwen 2, and Llama 2's \
-             SentencePiece BPE",
+            "known are byte-level BPE split as by GPT-2, SmolLM, Llama 3, Qwen 2 or Mistral's Tekken, \
+             and the SentencePiece BPE of Llama 2 and Gemma",
         )
     })?;
     let vocab = Vocab::new(&file, config, &path)?;
@@ -141,7 +151,18 @@ pub fn read(dir: &Path, config: &Config) -> Result<Keys> {
             put(&format!("ggml.{role}_token_id"), Value::U32(id));
         }
     }
-    let space_prefix = matches!(rule, Rule::Pieces { space_prefix: true });
+    let prefix = match &rule {
+        Rule::Pieces { prefix } => *prefix,
+        Rule::Bytes(_) => Prefix::Never,
+    };
+    if prefix == Prefix::First {
+        notes.push(
+            "tokenizer.json puts a space before a text, but not after special tokens; llama.cpp puts \
+             none: the same for chats, whose templates begin with a special token"
+                .into(),
+        );
+    }
+    let space_prefix = prefix == Prefix::Always;
     put("ggml.add_space_prefix", Value::Bool(space_prefix));
     put("ggml.add_bos_token", Value::Bool(adds(&beside, &file, "bos", roles.bos, &vocab)));
     put("ggml.add_eos_token", Value::Bool(adds(&beside, &file, "eos", Some(roles.eos), &vocab)));
@@ -176,7 +197,21 @@ impl Vocab {
         }
         let mut notes = Vec::new();
         for added in &file.added_tokens {
-            let kind = if added.special { CONTROL } else { USER_DEFINED };
+            // Gemma 3's text models have no embedding for the images' token.
+            if added.id >= config.vocab_size {
+                let text = &added.content;
+                notes.push(format!("tokenizer.json: {text:?} is left out: it has no embedding"));
+                continue;
+            }
+            let kind = match added.special {
+                true => CONTROL,
+                // Gemma's runs of spaces: as pieces they are merged all the same, and llama.cpp
+                // writes them as spaces.
+                false if added.content.contains('▁') && vocab.contains_key(&added.content) => {
+                    NORMAL
+                }
+                false => USER_DEFINED,
+            };
             let before = slots.insert(added.id, (&added.content, kind));
             if let Some((other, _)) = before.filter(|(other, _)| *other != added.content) {
                 let text = &added.content;
@@ -334,6 +369,8 @@ fn adds(beside: &Json, file: &File, role: &str, id: Option<u32>, vocab: &Vocab) 
 const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN_2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
 /// llama.cpp's name for how this tokenizer cuts text, or what it has no name for.
 fn rule(file: &File) -> Result<Rule, String> {
     let model = &file.model;
@@ -354,8 +391,8 @@ fn rule(file: &File) -> Result<Rule, String> {
     }
     let pre = split(&file.pre_tokenizer)
         .ok_or_else(|| format!("the pre_tokenizer {}", brief(&file.pre_tokenizer)))?;
-    // llama.cpp takes whole tokens before merges in the one rule, and in no other.
-    if model.ignore_merges != (pre == "llama-bpe") {
+    // llama.cpp takes whole tokens before merges in these rules, and in no other.
+    if model.ignore_merges != matches!(pre, "llama-bpe" | "tekken") {
         return Err(format!("the split of {pre} with ignore_merges = {}", model.ignore_merges));
     }
     match file.normalizer["type"].as_str() {
@@ -387,6 +424,7 @@ fn split(pre_tokenizer: &Json) -> Option<&'static str> {
             match split["pattern"]["Regex"].as_str()? {
                 LLAMA_3 if isolated => Some("llama-bpe"),
                 QWEN_2 if isolated => Some("qwen2"),
+                TEKKEN if isolated => Some("tekken"),
                 _ => None,
             }
         }
@@ -394,7 +432,8 @@ fn split(pre_tokenizer: &Json) -> Option<&'static str> {
     }
 }
 
-/// Llama 2's way: spaces become `▁`, one is put before the text, and nothing is split.
+/// Llama 2's and Gemma's way: spaces become `▁`, with or without one before the text, and nothing
+/// is split.
 fn pieces(file: &File) -> Result<Rule, String> {
     let refuse = |part: &str, value: &Json| Err(format!("the {part} {}", brief(value)));
     let normalizers: Vec<&Json> = match file.normalizer["normalizers"].as_array() {
@@ -405,22 +444,29 @@ fn pieces(file: &File) -> Result<Rule, String> {
     let is_space =
         |n: &Json| n["type"] == "Replace" && n["pattern"]["String"] == " " && n["content"] == "▁";
     let is_prefix = |n: &Json| n["type"] == "Prepend" && n["prepend"] == "▁";
-    let space_prefix = match (normalizers.as_slice(), &file.pre_tokenizer) {
-        ([prefix, space], Json::Null) if is_prefix(prefix) && is_space(space) => true,
-        ([space], Json::Null) if is_space(space) => false,
+    // Gemma splits at spaces, of which there are none left by then.
+    let splits = |pre: &Json| {
+        let at_spaces = pre["type"] == "Split" && pre["pattern"]["String"] == " ";
+        !pre.is_null() && !(at_spaces && pre["invert"] != true)
+    };
+    let prefix = match (normalizers.as_slice(), &file.pre_tokenizer) {
+        ([prefix, space], pre) if is_prefix(prefix) && is_space(space) && !splits(pre) => {
+            Prefix::Always
+        }
+        ([space], pre) if is_space(space) && !splits(pre) => Prefix::Never,
         ([], pre) if pre["type"] == "Metaspace" && pre["replacement"] == "▁" => {
             match pre["prepend_scheme"].as_str() {
                 _ if pre["split"] != false => return refuse("pre_tokenizer", pre),
-                Some("never") => false,
-                Some("always") => true,
-                // `first` is before the text alone; llama.cpp would do it after special tokens too.
+                Some("never") => Prefix::Never,
+                Some("always") => Prefix::Always,
+                Some("first") => Prefix::First,
                 _ => return refuse("pre_tokenizer", pre),
             }
         }
         (_, Json::Null) => return refuse("normalizer", &file.normalizer),
         _ => return refuse("pre_tokenizer", &file.pre_tokenizer),
     };
-    Ok(Rule::Pieces { space_prefix })
+    Ok(Rule::Pieces { prefix })
 }
 
 /// Merges as pairs: they are written `"a b"` or `["a", "b"]`.
@@ -449,13 +495,15 @@ fn solid(part: &str) -> String {
     part.replace(' ', "Ġ")
 }
 
-/// The scores by which llama.cpp merges: what comes of an earlier merge counts more.
+/// The scores by which llama.cpp merges: what comes of an earlier merge counts more. It merges
+/// whatever two pieces are a token, so what no merge makes comes last of all.
 fn scores(vocab: &Vocab, merges: &[[String; 2]]) -> Vec<f32> {
-    let mut scores = vec![0.0; vocab.texts.len()];
+    let never = -(merges.len() as f32) - 1.0;
+    let mut scores = vec![never; vocab.texts.len()];
     let mut made = 0u32;
     for [a, b] in merges {
         if let Some(id) = vocab.id(&format!("{a}{b}"))
-            && scores[id as usize] == 0.0
+            && scores[id as usize] == never
         {
             made += 1;
             scores[id as usize] = -(made as f32);
@@ -524,7 +572,7 @@ mod tests {
         }
         match rule(&serde_json::from_value(file).unwrap())? {
             Rule::Bytes(pre) => Ok(pre.into()),
-            Rule::Pieces { space_prefix } => Ok(format!("pieces {space_prefix}")),
+            Rule::Pieces { prefix } => Ok(format!("pieces {prefix:?}")),
         }
     }
 
@@ -547,6 +595,7 @@ mod tests {
                 &json!({"normalizer": {"type": "NFC"}}),
                 "qwen2",
             ),
+            (sequence(&[by(TEKKEN), inner.clone()]), &whole, "tekken"),
         ] {
             assert_eq!(named(pre_tokenizer, model.clone()), Ok(expected.to_string()));
         }
@@ -575,17 +624,31 @@ mod tests {
         let space = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
         let both = json!({"byte_fallback": true,
             "normalizer": {"type": "Sequence", "normalizers": [prefix, space]}});
-        assert_eq!(named(json!(null), both).unwrap(), "pieces true");
+        assert_eq!(named(json!(null), both).unwrap(), "pieces Always");
         let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": false});
         assert_eq!(
             named(metaspace.clone(), json!({"byte_fallback": true})).unwrap(),
-            "pieces true"
+            "pieces Always"
         );
-        for (key, value) in [("split", json!(true)), ("prepend_scheme", json!("first"))] {
+        for (key, value, expected) in [
+            ("prepend_scheme", "first", Some("pieces First")),
+            ("prepend_scheme", "never", Some("pieces Never")),
+            ("prepend_scheme", "last", None),
+            ("split", "true", None),
+        ] {
             let mut other = metaspace.clone();
-            other[key] = value;
-            assert!(named(other, json!({"byte_fallback": true})).is_err());
+            other[key] = json!(value);
+            let named = named(other, json!({"byte_fallback": true})).ok();
+            assert_eq!(named.as_deref(), expected);
         }
+        let space = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+        let gemma = json!({"byte_fallback": true, "normalizer": space});
+        let split = |by: &str| {
+            json!({"type": "Split", "pattern": {"String": by}, "behavior": "MergedWithPrevious",
+                "invert": false})
+        };
+        assert_eq!(named(split(" "), gemma.clone()).unwrap(), "pieces Never");
+        assert!(named(split("a"), gemma).is_err());
         assert!(named(json!(null), json!({"byte_fallback": true})).is_err());
     }
 
