@@ -35,7 +35,7 @@ pub fn run(job: &Job) -> Result<()> {
     let tensors = tensors::plan(&config, params.quant);
 
     let name = model_name(dir)?;
-    let mut keys = keys::model(&config, &name, params.quant)?;
+    let mut keys = keys::model(&config, &tokenizer.name(&name), params.quant)?;
     keys.extend(tokenizer.keys);
     let path = job.out().join(format!("{name}-{}.gguf", params.quant.name()));
     let factors = tensors::factors(&config);

@@ -154,7 +154,6 @@ fn own(config: &Config) -> Result<Vec<(&'static str, Value)>> {
             let original = long.map_or(config.max_positions, |l| l.original_max_positions);
             keys.push(("rope.scaling.original_context_length", number(original)?));
             if let Some(LongRope { attention_factor, .. }) = long {
-                keys.push(("rope.scaling.type", Value::Text("longrope".into())));
                 keys.push(("rope.scaling.attn_factor", single(*attention_factor)));
             }
         }

@@ -96,20 +96,21 @@ pub fn factors(config: &Config) -> Vec<(Info, Vec<f32>)> {
     named.collect()
 }
 
-/// Llama 3.1's, from the very operations of the converter: f32 where it has tensors.
+/// Llama 3.1's, by the very operations of the converter: in f32, and what divides a number by a tensor
+/// in torch multiplies it by the inverse.
 fn stretches(theta: f64, dims: usize, scaling: &Llama3) -> Vec<f32> {
     let Llama3 { factor, low_freq_factor: low, high_freq_factor: high, .. } = *scaling;
     let original = scaling.original_max_positions;
     let stretch = |pair: usize| {
         let frequency = 1.0 / (theta as f32).powf((2 * pair) as f32 / dims as f32);
-        let wave = 2.0 * PI / frequency;
+        let wave = frequency.recip() * (2.0 * PI);
         if wave < (original / high) as f32 {
             return 1.0;
         }
         if wave > (original / low) as f32 {
             return factor as f32;
         }
-        let smooth = (original as f32 / wave - low as f32) / (high - low) as f32;
+        let smooth = (wave.recip() * original as f32 - low as f32) / (high - low) as f32;
         1.0 / ((1.0 - smooth) / factor as f32 + smooth)
     };
     (0..dims / 2).map(stretch).collect()
