@@ -202,4 +202,105 @@ mod tests {
         assert_eq!(find("blk.3.attn_v.weight").rows, Rows::AsTheyAre);
         assert_eq!(tensors.len(), 3 + 11 * 9);
     }
+    #[test]
+    fn each_architecture_has_its_own_names() {
+        let shape = r#""hidden_size":64,"num_hidden_layers":1,"num_attention_heads":4,"head_dim":16,
+            "num_key_value_heads":2,"intermediate_size":72,"vocab_size":96"#;
+        // Name in the file, the checkpoint's tensor, whether its rows are dealt anew, what is added.
+        for (keys, name, source, dealt, plus) in [
+            (
+                r#""model_type":"llama","attention_bias":true"#,
+                "attn_q.bias",
+                "self_attn.q_proj.bias",
+                true,
+                0.0,
+            ),
+            (
+                r#""model_type":"llama","attention_bias":true"#,
+                "attn_v.bias",
+                "self_attn.v_proj.bias",
+                false,
+                0.0,
+            ),
+            (
+                r#""model_type":"llama","attention_bias":true"#,
+                "attn_output.bias",
+                "self_attn.o_proj.bias",
+                false,
+                0.0,
+            ),
+            (r#""model_type":"mistral""#, "attn_k.weight", "self_attn.k_proj.weight", true, 0.0),
+            (r#""model_type":"qwen2""#, "attn_k.bias", "self_attn.k_proj.bias", false, 0.0),
+            (
+                r#""model_type":"qwen3""#,
+                "attn_q_norm.weight",
+                "self_attn.q_norm.weight",
+                false,
+                0.0,
+            ),
+            (r#""model_type":"phi3""#, "attn_qkv.weight", "self_attn.qkv_proj.weight", false, 0.0),
+            (r#""model_type":"phi3""#, "ffn_up.weight", "mlp.gate_up_proj.weight", false, 0.0),
+            (
+                r#""model_type":"gemma3_text""#,
+                "attn_k_norm.weight",
+                "self_attn.k_norm.weight",
+                false,
+                1.0,
+            ),
+            (
+                r#""model_type":"gemma3_text""#,
+                "post_attention_norm.weight",
+                "post_attention_layernorm.weight",
+                false,
+                1.0,
+            ),
+            (
+                r#""model_type":"gemma3_text""#,
+                "ffn_norm.weight",
+                "pre_feedforward_layernorm.weight",
+                false,
+                1.0,
+            ),
+            (
+                r#""model_type":"gemma3_text""#,
+                "post_ffw_norm.weight",
+                "post_feedforward_layernorm.weight",
+                false,
+                1.0,
+            ),
+            (
+                r#""model_type":"gemma3_text""#,
+                "attn_v.weight",
+                "self_attn.v_proj.weight",
+                false,
+                0.0,
+            ),
+        ] {
+            let json = format!("{{{shape},{keys}}}");
+            let config = Config::parse(&json, std::path::Path::new("config.json")).unwrap();
+            let tensors = plan(&config, Quant::F16);
+            let found = tensors.iter().find(|t| t.info.name == format!("blk.0.{name}"));
+            let found = found.unwrap_or_else(|| panic!("{keys}: no {name}"));
+            assert_eq!(found.source, format!("model.layers.0.{source}"));
+            assert_eq!((found.rows != Rows::AsTheyAre, found.plus), (dealt, plus), "{keys} {name}");
+        }
+    }
+
+    /// What the converter writes for Llama 3.2 1B, but for the last bit of a power.
+    #[test]
+    fn stretches_are_those_of_the_converter() {
+        let scaling = Llama3 {
+            factor: 32.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_positions: 8192.0,
+        };
+        let blended = [1.651_329_3, 3.292_262_8, 9.666_731];
+        let expected = [[1.0; 15].as_slice(), &blended, &[32.0; 14]].concat();
+        let found = stretches(500_000.0, 64, &scaling);
+        assert_eq!(found.len(), expected.len());
+        for (found, expected) in found.iter().zip(expected) {
+            assert!((found - expected).abs() <= 1e-6 * expected, "{found} for {expected}");
+        }
+    }
 }
