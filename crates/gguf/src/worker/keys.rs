@@ -66,7 +66,7 @@ pub fn notes(config: &Config) -> Vec<String> {
     if config.architecture == Architecture::Gemma3 {
         if odd_pattern(config) {
             notes.push(format!(
-                "full attention is not in each {PATTERN}th layer: a llama.cpp older than 2026 does \
+                "full attention is not in each {PATTERN}th layer: an older llama.cpp does \
                  not read gemma3.attention.sliding_window_pattern, and computes something else"
             ));
         }
