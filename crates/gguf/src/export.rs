@@ -62,11 +62,11 @@ impl Step for Export {
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
         for input in inputs.values().flatten() {
             if let Some(architecture) = &input.facts.architecture
-                && !checkpoint::EXPORTED.contains(&architecture.as_str())
+                && !checkpoint::ARCHITECTURES.contains(&architecture.as_str())
             {
                 return Err(Refusal::NotBuilt {
                     what: format!("architecture {architecture}"),
-                    built: checkpoint::are(checkpoint::EXPORTED),
+                    built: checkpoint::are(checkpoint::ARCHITECTURES),
                 });
             }
         }
@@ -101,9 +101,13 @@ mod tests {
         for quant in QUANTS {
             assert_eq!(plan(quant, "llama"), Ok(()));
         }
+        for architecture in checkpoint::ARCHITECTURES {
+            assert_eq!(plan("F16", architecture), Ok(()));
+        }
         assert_eq!(
-            plan("F16", "gemma3_text").unwrap_err(),
-            "architecture gemma3_text is not built yet: llama is"
+            plan("F16", "gemma3n_text").unwrap_err(),
+            "architecture gemma3n_text is not built yet: \
+             llama, mistral, qwen2, qwen3, gemma3_text and phi3 are"
         );
         assert!(plan("Q9", "llama").unwrap_err().contains("unknown variant `Q9`"));
     }

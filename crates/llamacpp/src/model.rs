@@ -217,8 +217,10 @@ impl Model {
             return Err(Error::Token { id, vocab_size: self.vocab_size });
         }
         self.context.clear_kv_cache();
-        for (n, part) in tokens.chunks(BATCH).enumerate() {
-            self.decode_batch(part, n * BATCH, &wanted, &mut see)?;
+        // llama.cpp rounds a small context up, and asserts that no batch is larger than it was.
+        let batch = BATCH.min(self.context.n_batch() as usize);
+        for (n, part) in tokens.chunks(batch).enumerate() {
+            self.decode_batch(part, n * batch, &wanted, &mut see)?;
         }
         Ok(())
     }

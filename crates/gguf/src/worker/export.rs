@@ -12,15 +12,16 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use checkpoint::config::Config;
 use checkpoint::weights::{TensorRef, Weights};
-use gguf::export::{Export, Quant};
+use gguf::export::Export;
 use rayon::prelude::*;
 use serde_json::Value as Json;
 use step::Failure;
 use step::worker::{Job, Progress};
 
 use crate::encode::{self, Wrong};
-use crate::format::{Info, Type, Value, Writer};
-use crate::mix::{self, Mix};
+use crate::format::{Info, Type, Writer};
+use crate::keys;
+use crate::mix::Mix;
 use crate::tensors::{self, Tensor};
 use crate::tokenizer;
 
@@ -32,24 +33,29 @@ pub fn run(job: &Job) -> Result<()> {
     let params: Export = job.params()?;
     let dir = &job.input("model")?.path;
     let config = Config::read(dir).map_err(Failure::from)?;
-    config.exportable(&dir.join("config.json")).map_err(Failure::from)?;
+    keys::refuse(&config, &dir.join("config.json"))?;
     let weights = Weights::open(dir).map_err(Failure::from)?;
     weights.check(&config).map_err(Failure::from)?;
     let tokenizer = tokenizer::read(dir, &config)?;
     let tensors = tensors::plan(&config, params.quant);
 
     let name = model_name(dir)?;
-    let mut keys = model_keys(&config, &name, params.quant)?;
+    let mut keys = keys::model(&config, &tokenizer.name(&name), params.quant)?;
     keys.extend(tokenizer.keys);
     let path = job.out().join(format!("{name}-{}.gguf", params.quant.name()));
-    let infos: Vec<Info> = tensors.iter().map(|t| t.info.clone()).collect();
-    let mut writer = Writer::create(&path, &keys, infos)?;
+    let factors = tensors::factors(&config);
+    let infos = factors.iter().map(|(info, _)| info).chain(tensors.iter().map(|t| &t.info));
+    let mut writer = Writer::create(&path, &keys, infos.cloned().collect())?;
+    for (_, values) in &factors {
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        writer.write(&bytes)?;
+    }
     let threads = rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build()?;
     // While a piece is encoded, the one before it is written.
     let (mut encoded, mut ready) = (Vec::new(), Vec::new());
     for (done, tensor) in tensors.iter().enumerate() {
         let source = weights.get(&tensor.source).map_err(Failure::from)?;
-        for rows in pieces(&tensor.info) {
+        for rows in pieces(tensor) {
             let (encode, write) = threads
                 .join(|| encode(tensor, &source, rows, &mut encoded), || writer.write(&ready));
             write?;
@@ -68,7 +74,8 @@ pub fn run(job: &Job) -> Result<()> {
     writer.write(&ready)?;
     let bytes = writer.finish()?;
 
-    let mut notes = tokenizer.notes;
+    let mut notes = keys::notes(&config);
+    notes.extend(tokenizer.notes);
     notes.extend(fallbacks(&tensors, &Mix::new(&config, params.quant)));
     for note in &notes {
         job.note(note);
@@ -82,8 +89,8 @@ pub fn run(job: &Job) -> Result<()> {
 }
 
 /// The rows of a tensor, a few at a time.
-fn pieces(info: &Info) -> impl Iterator<Item = Range<usize>> {
-    let (rows, columns) = info.rows();
+fn pieces(tensor: &Tensor) -> impl Iterator<Item = Range<usize>> {
+    let (rows, columns) = tensor.rows_and_columns();
     let at_a_time = (PIECE / columns).max(1);
     (0..rows).step_by(at_a_time).map(move |from| from..rows.min(from + at_a_time))
 }
@@ -95,7 +102,7 @@ fn encode(
     rows: Range<usize>,
     out: &mut Vec<u8>,
 ) -> Result<()> {
-    let (_, columns) = tensor.info.rows();
+    let (_, columns) = tensor.rows_and_columns();
     let row_bytes = tensor.info.kind.row_bytes(columns);
     let share = (SHARE / columns).max(1);
     out.clear();
@@ -109,6 +116,9 @@ fn encode(
             // The type was checked when the folder was opened.
             source.read_f32(row_there * columns, row).expect("a type of the checkpoint's");
         }
+        if tensor.plus != 0.0 {
+            values.iter_mut().for_each(|x| *x += tensor.plus);
+        }
         encode::rows(values, tensor.info.kind, out).err().map(|wrong| (from, wrong))
     });
     match wrong.flatten().min_by_key(|(from, _)| *from) {
@@ -121,7 +131,7 @@ fn encode(
 fn failure(tensor: &Tensor, from: usize, wrong: Wrong) -> Failure {
     let name = &tensor.source;
     let place = |at: usize| match tensor.info.rows() {
-        _ if tensor.info.shape.len() == 1 => format!("[{at}]"),
+        _ if tensor.info.shape.len() == 1 => format!("[{}]", from + at),
         (_, columns) => {
             format!("[{}, {}]", tensor.rows.source(from + at / columns), at % columns)
         }
@@ -164,47 +174,6 @@ fn fallbacks(tensors: &[Tensor], mix: &Mix) -> Vec<String> {
     kinds.iter().map(note).collect()
 }
 
-/// The keys that say what the model is and how it computes.
-fn model_keys(config: &Config, name: &str, quant: Quant) -> Result<Vec<(String, Value)>> {
-    let architecture = config.architecture.model_type();
-    let number = |what: usize| u32::try_from(what).map(Value::U32).context("beyond 32 bits");
-    let general = [
-        ("architecture", Value::Text(architecture.into())),
-        ("type", Value::Text("model".into())),
-        ("name", Value::Text(name.into())),
-        ("size_label", Value::Text(size_label(config.parameters()))),
-        ("file_type", Value::U32(mix::file_type(quant))),
-        ("quantization_version", Value::U32(2)),
-    ];
-    let own = [
-        ("block_count", number(config.num_layers)?),
-        ("context_length", number(config.max_positions)?),
-        ("embedding_length", number(config.hidden_size)?),
-        ("feed_forward_length", number(config.intermediate_size)?),
-        ("attention.head_count", number(config.num_heads)?),
-        ("attention.head_count_kv", number(config.num_kv_heads)?),
-        ("attention.layer_norm_rms_epsilon", Value::F32(config.rms_norm_eps as f32)),
-        ("attention.key_length", number(config.head_dim)?),
-        ("attention.value_length", number(config.head_dim)?),
-        ("rope.freq_base", Value::F32(config.rope_theta as f32)),
-        ("rope.dimension_count", number(config.head_dim)?),
-        ("vocab_size", number(config.vocab_size)?),
-    ];
-    let general = general.into_iter().map(|(key, value)| (format!("general.{key}"), value));
-    let own = own.into_iter().map(|(key, value)| (format!("{architecture}.{key}"), value));
-    Ok(general.chain(own).collect())
-}
-
-/// `135M`, `3.1M`, `1.1B`: two digits at least, as llama.cpp's converter labels models.
-fn size_label(parameters: usize) -> String {
-    let (scaled, unit) = match parameters as f64 {
-        n if n > 1e9 => (n / 1e9, "B"),
-        n if n > 1e6 => (n / 1e6, "M"),
-        n => (n / 1e3, "K"),
-    };
-    if scaled.round() < 10.0 { format!("{scaled:.1}{unit}") } else { format!("{scaled:.0}{unit}") }
-}
-
 /// The name that config.json gives the model, made fit for a file; `model` if it has none.
 fn model_name(dir: &Path) -> Result<String> {
     let path = dir.join("config.json");
@@ -230,22 +199,4 @@ fn report(tensors: &[Tensor], bytes: usize, bits: f64, notes: &[String]) -> Stri
         let _ = writeln!(text, "| {} | {:?} | {} |", info.name, info.shape, info.kind.name());
     }
     text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_have_two_digits() {
-        for (parameters, label) in [
-            (99_104, "99K"),
-            (3_141_592, "3.1M"),
-            (134_515_008, "135M"),
-            (999_600_000, "1000M"),
-            (1_100_048_384, "1.1B"),
-        ] {
-            assert_eq!(size_label(parameters), label);
-        }
-    }
 }

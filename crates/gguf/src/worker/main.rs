@@ -5,6 +5,7 @@ use std::process::ExitCode;
 mod encode;
 mod export;
 mod format;
+mod keys;
 mod mix;
 mod tensors;
 mod tokenizer;

@@ -16,7 +16,11 @@ use step::{Failure, Kind};
 use crate::{export, format};
 
 #[cfg(feature = "llamacpp-test")]
+mod architectures;
+#[cfg(feature = "llamacpp-test")]
 mod llamacpp;
+#[cfg(feature = "llamacpp-test")]
+mod tokens;
 
 const TEMPLATE: &str = "{% for message in messages %}<|im_start|>{{ message.role }}\n\
     {{ message.content }}<|im_end|>\n{% endfor %}\
@@ -382,6 +386,34 @@ fn broken_weights_are_named() {
         assert_eq!(failure.message, message);
         assert_eq!(failure.class, step::Class::Input);
     }
+}
+
+/// Gemma 3's tokenizer names the token of images, its text models have no embedding for it.
+#[test]
+fn an_added_token_without_an_embedding_is_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    model(&dir.path().join("model"), &config(), |_, _| {});
+    let mut tokenizer = tokenizer();
+    let image = json!({"id": 288, "content": "<image>", "special": true});
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(image);
+    std::fs::write(dir.path().join("model/tokenizer.json"), tokenizer.to_string()).unwrap();
+    let (path, said) = exported(dir.path(), "F16", 1).unwrap();
+    assert!(said.contains("\\\"<image>\\\" is left out: it has no embedding"), "{said}");
+    let keys = File::read(&path).keys;
+    let format::Value::Texts(tokens) = &keys["tokenizer.ggml.tokens"] else { panic!() };
+    assert_eq!(tokens.len(), 288);
+}
+
+/// llama.cpp throws at a model that is called Phi-3 and has not Phi's tokens.
+#[test]
+fn only_a_phi_is_called_phi() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config();
+    config["_name_or_path"] = json!("somebody/Phi-3-tiny");
+    model(&dir.path().join("model"), &config, |_, _| {});
+    exported(dir.path(), "F16", 1).unwrap();
+    let keys = File::read(&dir.path().join("F16-1/out/Phi-3-tiny-F16.gguf")).keys;
+    assert_eq!(keys["general.name"], format::Value::Text("model".into()));
 }
 
 #[test]

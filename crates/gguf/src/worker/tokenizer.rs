@@ -9,12 +9,16 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use checkpoint::chat::Template;
-use checkpoint::config::Config;
+use checkpoint::config::{Architecture, Config};
 use serde::Deserialize;
 use serde_json::Value as Json;
 use step::Failure;
 
 use crate::format::Value;
+
+pub mod rule;
+
+use rule::Rule;
 
 /// llama.cpp's token types.
 const NORMAL: i32 = 1;
@@ -29,6 +33,22 @@ pub struct Keys {
     pub keys: Vec<(String, Value)>,
     /// What llama.cpp will do otherwise than transformers.
     pub notes: Vec<String>,
+    /// Whether the file has to be called Phi-3: by its name llama.cpp decides that special tokens
+    /// take the spaces after them along. None where it may not be: there it looks for Phi's tokens.
+    phi: Option<bool>,
+}
+
+impl Keys {
+    /// `general.name` of a model called `name`.
+    pub fn name(&self, name: &str) -> String {
+        let lower = name.to_lowercase();
+        let called = ["phi-3", "phi3"].iter().any(|phi| lower.contains(phi));
+        match (self.phi, called) {
+            (None, true) => "model".into(),
+            (Some(true), false) => format!("Phi-3-{name}"),
+            _ => name.into(),
+        }
+    }
 }
 
 /// The parts of tokenizer.json that decide which tokens come out.
@@ -79,27 +99,34 @@ struct Model {
     unk_token: Option<String>,
 }
 
-/// Which of llama.cpp's tokenizers it is.
-enum Rule {
-    /// `gpt2`: bytes as letters, split by the named rule.
-    Bytes(&'static str),
-    /// `llama`: SentencePiece's habits, with a space before the text or not.
-    Pieces { space_prefix: bool },
-}
-
 /// The keys of the tokenizer in the folder `dir`.
 pub fn read(dir: &Path, config: &Config) -> Result<Keys> {
     let path = dir.join("tokenizer.json");
     let file: File = serde_json::from_value(json(&path)?)
         .map_err(|e| Failure::input(format!("{}: {e}", path.display())))?;
-    let rule = rule(&file).map_err(|what| {
+    let rule = rule::of(&file).map_err(|what| {
         Failure::input(format!("{}: llama.cpp has no name for {what}", path.display())).hint(
-            "known are byte-level BPE split as by GPT-2, SmolLM, Llama 3 or Qwen 2, and Llama 2's \
-             SentencePiece BPE",
+            "known are byte-level BPE split as by GPT-2, SmolLM, Llama 3, Qwen 2 or Mistral's Tekken, \
+             and the SentencePiece BPE of Llama 2 and Gemma",
         )
     })?;
     let vocab = Vocab::new(&file, config, &path)?;
+    // llama.cpp throws where a model that is called Phi-3 lacks one of these.
+    let has_all = ["</s>", "<unk>", "<s>", "<|endoftext|>"].iter().all(|t| vocab.id(t).is_some());
+    let phi = has_all.then(|| {
+        config.architecture == Architecture::Phi3 && file.added_tokens.iter().any(|a| a.rstrip)
+    });
     let mut notes = vocab.notes.clone();
+    notes.extend(rule.differences(&file).map(str::to_string));
+    for added in &file.added_tokens {
+        if added.lstrip || added.single_word || (added.rstrip && phi != Some(true)) {
+            notes.push(format!(
+                "tokenizer.json: {:?} takes the spaces or words beside it into account; llama.cpp \
+                 does not",
+                added.content
+            ));
+        }
+    }
     let beside = json_or_nothing(&dir.join("tokenizer_config.json"))?;
     let roles = Roles::find(dir, &beside, config, &vocab, &file.model, &mut notes)?;
 
@@ -148,7 +175,7 @@ pub fn read(dir: &Path, config: &Config) -> Result<Keys> {
     if let Some(template) = template(dir, &beside)? {
         put("chat_template", Value::Text(template));
     }
-    Ok(Keys { keys, notes })
+    Ok(Keys { keys, notes, phi })
 }
 
 /// Tokens by id.
@@ -176,19 +203,26 @@ impl Vocab {
         }
         let mut notes = Vec::new();
         for added in &file.added_tokens {
-            let kind = if added.special { CONTROL } else { USER_DEFINED };
+            // Gemma 3's text models have no embedding for the images' token.
+            if added.id >= config.vocab_size {
+                let text = &added.content;
+                notes.push(format!("tokenizer.json: {text:?} is left out: it has no embedding"));
+                continue;
+            }
+            let kind = match added.special {
+                true => CONTROL,
+                // Gemma's runs of spaces: as pieces they are merged all the same, and llama.cpp
+                // writes them as spaces.
+                false if added.content.contains('▁') && vocab.contains_key(&added.content) => {
+                    NORMAL
+                }
+                false => USER_DEFINED,
+            };
             let before = slots.insert(added.id, (&added.content, kind));
             if let Some((other, _)) = before.filter(|(other, _)| *other != added.content) {
                 let text = &added.content;
                 let message = format!("{other:?} and {text:?} both have the id {}", added.id);
                 return Err(wrong(message).into());
-            }
-            if added.lstrip || added.rstrip || added.single_word {
-                notes.push(format!(
-                    "tokenizer.json: {:?} takes the spaces or words beside it into account; \
-                     llama.cpp does not",
-                    added.content
-                ));
             }
         }
         if let Some((id, (text, _))) =
@@ -330,99 +364,6 @@ fn adds(beside: &Json, file: &File, role: &str, id: Option<u32>, vocab: &Vocab) 
     })
 }
 
-// Written in tokenizer.json as these models have it.
-const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN_2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
-/// llama.cpp's name for how this tokenizer cuts text, or what it has no name for.
-fn rule(file: &File) -> Result<Rule, String> {
-    let model = &file.model;
-    match model.kind.as_deref() {
-        None | Some("BPE") => {}
-        Some(other) => return Err(format!("a model of type {other}")),
-    }
-    for (key, part) in [
-        ("continuing_subword_prefix", &model.continuing_subword_prefix),
-        ("end_of_word_suffix", &model.end_of_word_suffix),
-    ] {
-        if let Some(part) = part.as_ref().filter(|part| !part.is_empty()) {
-            return Err(format!("a {key} of {part:?}"));
-        }
-    }
-    if model.byte_fallback {
-        return pieces(file);
-    }
-    let pre = split(&file.pre_tokenizer)
-        .ok_or_else(|| format!("the pre_tokenizer {}", brief(&file.pre_tokenizer)))?;
-    // llama.cpp takes whole tokens before merges in the one rule, and in no other.
-    if model.ignore_merges != (pre == "llama-bpe") {
-        return Err(format!("the split of {pre} with ignore_merges = {}", model.ignore_merges));
-    }
-    match file.normalizer["type"].as_str() {
-        None => Ok(Rule::Bytes(pre)),
-        // Qwen 2 comes with it, and llama.cpp's qwen2 leaves it out.
-        Some("NFC") if pre == "qwen2" => Ok(Rule::Bytes(pre)),
-        Some(_) => Err(format!("the normalizer {}", brief(&file.normalizer))),
-    }
-}
-
-/// The name of a byte-level split.
-fn split(pre_tokenizer: &Json) -> Option<&'static str> {
-    let parts: Vec<&Json> = match pre_tokenizer["pretokenizers"].as_array() {
-        Some(all) => all.iter().collect(),
-        None => vec![pre_tokenizer],
-    };
-    let (bytes, before) = parts.split_last()?;
-    let plain = bytes["type"] == "ByteLevel" && bytes["add_prefix_space"] != true;
-    // Left out, it is true.
-    let by_itself = bytes["use_regex"] != false;
-    match before {
-        _ if !plain => None,
-        [] if by_itself => Some("gpt-2"),
-        [digits] if by_itself && digits["type"] == "Digits" => {
-            (digits["individual_digits"] == true).then_some("smollm")
-        }
-        [split] if !by_itself && split["type"] == "Split" => {
-            let isolated = split["behavior"] == "Isolated" && split["invert"] != true;
-            match split["pattern"]["Regex"].as_str()? {
-                LLAMA_3 if isolated => Some("llama-bpe"),
-                QWEN_2 if isolated => Some("qwen2"),
-                _ => None,
-            }
-        }
-        _ => None,
-    }
-}
-
-/// Llama 2's way: spaces become `▁`, one is put before the text, and nothing is split.
-fn pieces(file: &File) -> Result<Rule, String> {
-    let refuse = |part: &str, value: &Json| Err(format!("the {part} {}", brief(value)));
-    let normalizers: Vec<&Json> = match file.normalizer["normalizers"].as_array() {
-        Some(all) => all.iter().collect(),
-        None if file.normalizer.is_null() => Vec::new(),
-        None => vec![&file.normalizer],
-    };
-    let is_space =
-        |n: &Json| n["type"] == "Replace" && n["pattern"]["String"] == " " && n["content"] == "▁";
-    let is_prefix = |n: &Json| n["type"] == "Prepend" && n["prepend"] == "▁";
-    let space_prefix = match (normalizers.as_slice(), &file.pre_tokenizer) {
-        ([prefix, space], Json::Null) if is_prefix(prefix) && is_space(space) => true,
-        ([space], Json::Null) if is_space(space) => false,
-        ([], pre) if pre["type"] == "Metaspace" && pre["replacement"] == "▁" => {
-            match pre["prepend_scheme"].as_str() {
-                _ if pre["split"] != false => return refuse("pre_tokenizer", pre),
-                Some("never") => false,
-                Some("always") => true,
-                // `first` is before the text alone; llama.cpp would do it after special tokens too.
-                _ => return refuse("pre_tokenizer", pre),
-            }
-        }
-        (_, Json::Null) => return refuse("normalizer", &file.normalizer),
-        _ => return refuse("pre_tokenizer", &file.pre_tokenizer),
-    };
-    Ok(Rule::Pieces { space_prefix })
-}
-
 /// Merges as pairs: they are written `"a b"` or `["a", "b"]`.
 fn merges(model: &Model, path: &Path) -> Result<Vec<[String; 2]>, Failure> {
     let pair = |merge: &Json| match merge {
@@ -449,13 +390,15 @@ fn solid(part: &str) -> String {
     part.replace(' ', "Ġ")
 }
 
-/// The scores by which llama.cpp merges: what comes of an earlier merge counts more.
+/// The scores by which llama.cpp merges: what comes of an earlier merge counts more. It merges
+/// whatever two pieces are a token, so what no merge makes comes last of all.
 fn scores(vocab: &Vocab, merges: &[[String; 2]]) -> Vec<f32> {
-    let mut scores = vec![0.0; vocab.texts.len()];
+    let never = -(merges.len() as f32) - 1.0;
+    let mut scores = vec![never; vocab.texts.len()];
     let mut made = 0u32;
     for [a, b] in merges {
         if let Some(id) = vocab.id(&format!("{a}{b}"))
-            && scores[id as usize] == 0.0
+            && scores[id as usize] == never
         {
             made += 1;
             scores[id as usize] = -(made as f32);
@@ -490,15 +433,6 @@ fn ids(value: &Json) -> Vec<u32> {
     }
 }
 
-/// A piece of JSON in an error message.
-fn brief(value: &Json) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(200) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
-    }
-}
-
 fn json(path: &PathBuf) -> Result<Json> {
     let bytes = std::fs::read(path).map_err(|e| Failure::from(checkpoint::Error::io(path, e)))?;
     Ok(serde_json::from_slice(&bytes)
@@ -513,81 +447,6 @@ fn json_or_nothing(path: &PathBuf) -> Result<Json> {
 mod tests {
     use super::*;
     use serde_json::json;
-
-    fn named(pre_tokenizer: Json, model: Json) -> Result<String, String> {
-        let mut file = json!({"pre_tokenizer": pre_tokenizer, "model": {"type": "BPE"}});
-        for (key, value) in model.as_object().unwrap() {
-            match key.as_str() {
-                "normalizer" => file["normalizer"] = value.clone(),
-                _ => file["model"][key] = value.clone(),
-            }
-        }
-        match rule(&serde_json::from_value(file).unwrap())? {
-            Rule::Bytes(pre) => Ok(pre.into()),
-            Rule::Pieces { space_prefix } => Ok(format!("pieces {space_prefix}")),
-        }
-    }
-
-    #[test]
-    fn splits_have_names() {
-        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": true});
-        let inner = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": false});
-        let digits = |one: bool| json!({"type": "Digits", "individual_digits": one});
-        let by = |regex: &str| json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
-        let sequence = |parts: &[Json]| json!({"type": "Sequence", "pretokenizers": parts});
-        let whole = json!({"ignore_merges": true});
-        let nothing = json!({});
-        for (pre_tokenizer, model, expected) in [
-            (bytes.clone(), &nothing, "gpt-2"),
-            (sequence(std::slice::from_ref(&bytes)), &nothing, "gpt-2"),
-            (sequence(&[digits(true), bytes.clone()]), &nothing, "smollm"),
-            (sequence(&[by(LLAMA_3), inner.clone()]), &whole, "llama-bpe"),
-            (
-                sequence(&[by(QWEN_2), inner.clone()]),
-                &json!({"normalizer": {"type": "NFC"}}),
-                "qwen2",
-            ),
-        ] {
-            assert_eq!(named(pre_tokenizer, model.clone()), Ok(expected.to_string()));
-        }
-        for (pre_tokenizer, model, message) in [
-            (sequence(&[digits(false), bytes.clone()]), &nothing, "the pre_tokenizer {"),
-            (sequence(&[by("a+"), inner]), &nothing, "the pre_tokenizer {"),
-            (json!(null), &nothing, "the pre_tokenizer null"),
-            (
-                json!({"type": "ByteLevel", "add_prefix_space": true}),
-                &nothing,
-                "the pre_tokenizer {",
-            ),
-            (bytes.clone(), &whole, "the split of gpt-2 with ignore_merges = true"),
-            (bytes.clone(), &json!({"normalizer": {"type": "NFKC"}}), "the normalizer {"),
-            (bytes.clone(), &json!({"type": "Unigram"}), "a model of type Unigram"),
-            (bytes, &json!({"end_of_word_suffix": "</w>"}), "a end_of_word_suffix of"),
-        ] {
-            let error = named(pre_tokenizer, model.clone()).unwrap_err();
-            assert!(error.starts_with(message), "{error}");
-        }
-    }
-
-    #[test]
-    fn pieces_are_llama_2s() {
-        let prefix = json!({"type": "Prepend", "prepend": "▁"});
-        let space = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
-        let both = json!({"byte_fallback": true,
-            "normalizer": {"type": "Sequence", "normalizers": [prefix, space]}});
-        assert_eq!(named(json!(null), both).unwrap(), "pieces true");
-        let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": false});
-        assert_eq!(
-            named(metaspace.clone(), json!({"byte_fallback": true})).unwrap(),
-            "pieces true"
-        );
-        for (key, value) in [("split", json!(true)), ("prepend_scheme", json!("first"))] {
-            let mut other = metaspace.clone();
-            other[key] = value;
-            assert!(named(other, json!({"byte_fallback": true})).is_err());
-        }
-        assert!(named(json!(null), json!({"byte_fallback": true})).is_err());
-    }
 
     #[test]
     fn merges_come_in_two_spellings() {

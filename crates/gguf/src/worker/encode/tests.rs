@@ -14,7 +14,7 @@ fn encoded(values: &[f32], kind: Type) -> Result<Vec<u8>, Wrong> {
     rows(values, kind, &mut out).map(|()| out)
 }
 
-/// Made by golden/make.py.
+/// Made by golden/make_blocks.py.
 fn golden() -> Weights {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/worker/golden/blocks.safetensors");
     Weights::open_file(&path).unwrap()

@@ -1,6 +1,6 @@
 """Makes blocks.safetensors beside it: values, and the bytes that ggml makes of them as each type.
 
-    python3 make.py .../libggml-base.so        (numpy, safetensors; llama.cpp of llama-cpp-python 0.3.36)
+    python3 make_blocks.py .../libggml-base.so        (numpy, safetensors; llama.cpp of llama-cpp-python 0.3.36)
 
 Each row is a block of 256, or eight of 32. The first are there to hurt: what rounds to zero, what
 has no inverse, what has no sign, what a part's trials cannot improve. The rest is weights.

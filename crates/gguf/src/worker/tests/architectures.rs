@@ -1,0 +1,111 @@
+//! Each architecture in llama.cpp: the trainer's golden models, exported, give the logits of
+//! transformers.
+
+use std::path::Path;
+
+use checkpoint::config::Config;
+use checkpoint::weights::{Spec, Weights, Writer};
+use llamacpp::{Attention, Model};
+use serde_json::{Value as Json, json};
+
+use super::exported;
+
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../train/src/worker/golden");
+
+/// The golden model `name` with another config, and a tokenizer of three letters.
+fn folder(name: &str, dir: &Path, change: impl Fn(&mut Json)) -> Config {
+    let golden = Path::new(GOLDEN).join(name);
+    std::fs::create_dir_all(dir).unwrap();
+    std::fs::copy(golden.join("model.safetensors"), dir.join("model.safetensors")).unwrap();
+    let text = std::fs::read_to_string(golden.join("config.json")).unwrap();
+    let mut config: Json = serde_json::from_str(&text).unwrap();
+    change(&mut config);
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let tokenizer = json!({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false},
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}});
+    std::fs::write(dir.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    Config::read(dir).unwrap()
+}
+
+/// The golden Gemma divides by √20, where llama.cpp can only divide by √16: the difference goes into
+/// the norm of the queries.
+fn rescale(dir: &Path) {
+    let path = dir.join("model.safetensors");
+    let by = (16.0f32 / 20.0).sqrt();
+    let weights = Weights::open(dir).unwrap();
+    let specs = weights.names().map(|name| {
+        let tensor = weights.get(name).unwrap();
+        Spec::new(name, tensor.dtype, &tensor.shape)
+    });
+    let mut writer = Writer::create(&dir.join("rescaled"), specs.collect()).unwrap();
+    for spec in writer.order() {
+        let mut values = weights.get(&spec.name).unwrap().to_f32().unwrap();
+        if spec.name.ends_with("q_norm.weight") {
+            values.iter_mut().for_each(|w| *w = (1.0 + *w) * by - 1.0);
+        }
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        writer.write(&spec.name, &bytes).unwrap();
+    }
+    writer.finish().unwrap();
+    std::fs::rename(dir.join("rescaled"), path).unwrap();
+}
+
+/// Σ p ln(p / q), in nats.
+fn divergence(p: &[f32], q: &[f32]) -> f64 {
+    let logs = |x: &[f32]| -> Vec<f64> {
+        let sum: f64 = x.iter().map(|x| f64::from(*x).exp()).sum();
+        x.iter().map(|x| f64::from(*x) - sum.ln()).collect()
+    };
+    logs(p).iter().zip(logs(q)).map(|(p, q)| p.exp() * (p - q)).sum()
+}
+
+/// Rows of 23 tokens. Gemma's are longer than its windows; those of the others are compared up to the
+/// file's context, which ends where the window does.
+#[test]
+fn logits_are_those_of_transformers() {
+    type Change = fn(&mut Json);
+    let as_is: Change = |_| {};
+    let cases: [(&str, Change, usize, f64); 7] = [
+        ("llama", as_is, 23, 1e-11),
+        ("mistral", as_is, 7, 1e-11),
+        ("qwen2", as_is, 6, 1e-11),
+        ("qwen3", as_is, 23, 1e-11),
+        // llama.cpp looks GELU up in a table of f16.
+        ("gemma3", |config| config["query_pre_attn_scalar"] = json!(16), 23, 1e-6),
+        ("phi3", as_is, 7, 1e-11),
+        // llama.cpp's smallest context is longer than 23 positions and would get the long factors.
+        (
+            "phi3-short",
+            |config| config["original_max_position_embeddings"] = json!(4096),
+            23,
+            1e-11,
+        ),
+    ];
+    for (name, change, within, most) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let config = folder(name, &dir.path().join("model"), change);
+        if name == "gemma3" {
+            rescale(&dir.path().join("model"));
+        }
+        let golden = Path::new(GOLDEN).join(name).join("expected.safetensors");
+        let golden = Weights::open_file(&golden).unwrap();
+        let expected = golden.get("logits").unwrap().to_f32().unwrap();
+        let ids = golden.get("ids").unwrap();
+        let ids =
+            ids.data.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32);
+        let ids: Vec<u32> = ids.collect();
+        let (path, _) = exported(dir.path(), "F32", 2).unwrap();
+        let mut model = Model::load_with(&path, 1, Attention::Exact).unwrap();
+        let length = ids.len() / 2;
+        for (row, expected) in ids.chunks(length).zip(expected.chunks(length * config.vocab_size)) {
+            let logits = model.logits(row).unwrap();
+            let expected = expected.chunks(config.vocab_size);
+            let apart = logits.iter().zip(expected).map(|(a, b)| divergence(b, a));
+            let apart: Vec<f64> = apart.collect();
+            assert!(apart[..within].iter().all(|kl| *kl < most), "{name}: {apart:?}");
+            // Beyond the window there is a difference: the case would see one.
+            let rest = &apart[within..];
+            assert!(rest.is_empty() || rest.iter().any(|kl| *kl > 1e-3), "{name}: {apart:?}");
+        }
+    }
+}
