@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use half::{bf16, f16};
+use half::f16;
 use memmap2::Mmap;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Value, json};
@@ -183,24 +183,35 @@ impl Mapped {
 impl TensorRef<'_> {
     /// The values as f32, exactly: each of the three types fits in it.
     pub fn to_f32(&self) -> Result<Vec<f32>, Error> {
+        let mut values = vec![0.0; self.len()];
+        self.read_f32(0, &mut values)?;
+        Ok(values)
+    }
+
+    /// As many values as `out` holds, from the one numbered `from` on, as f32.
+    pub fn read_f32(&self, from: usize, out: &mut [f32]) -> Result<(), Error> {
         self.float()?;
-        Ok(match self.dtype {
-            Dtype::F32 => self
-                .data
-                .chunks_exact(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect(),
-            Dtype::BF16 => self
-                .data
-                .chunks_exact(2)
-                .map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32())
-                .collect(),
-            _ => self
-                .data
-                .chunks_exact(2)
-                .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())
-                .collect(),
-        })
+        let size = self.dtype.bitsize() / 8;
+        let data = &self.data[from * size..][..out.len() * size];
+        match self.dtype {
+            Dtype::F32 => {
+                for (value, bytes) in out.iter_mut().zip(data.as_chunks().0) {
+                    *value = f32::from_le_bytes(*bytes);
+                }
+            }
+            // Its upper half.
+            Dtype::BF16 => {
+                for (value, bytes) in out.iter_mut().zip(data.as_chunks().0) {
+                    *value = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
+                }
+            }
+            _ => {
+                for (value, bytes) in out.iter_mut().zip(data.as_chunks().0) {
+                    *value = f16::from_le_bytes(*bytes).to_f32();
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Elements.
@@ -319,6 +330,8 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
 
     fn write(dir: &Path) -> PathBuf {
