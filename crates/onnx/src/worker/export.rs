@@ -16,8 +16,15 @@ pub fn run(job: &Job) -> Result<()> {
     let config = Config::read(model).map_err(Failure::from)?;
     let dtype = match params.dtype {
         Dtype::Fp32 => graph::Dtype::Fp32,
+        Dtype::Fp16 => graph::Dtype::Fp16,
         Dtype::Q4 => graph::Dtype::Q4,
-        other => return Err(Failure::bug(format!("dtype {} is not built", other.name())).into()),
+        Dtype::Q4f16 => graph::Dtype::Q4f16,
+        Dtype::Int8 => graph::Dtype::Int8,
+    };
+    let quantisation = graph::Quantisation {
+        block: params.block_size as usize,
+        symmetric: params.symmetric,
+        head_bits: params.head_bits,
     };
     let max_positions = config.max_positions.min(params.max_positions as usize);
     if max_positions < config.max_positions {
@@ -29,7 +36,7 @@ pub fn run(job: &Job) -> Result<()> {
 
     let onnx = job.out().join("onnx");
     std::fs::create_dir(&onnx).with_context(|| format!("cannot create {}", onnx.display()))?;
-    let options = graph::Options { dtype, max_positions, chunk: graph::CHUNK };
+    let options = graph::Options { dtype, quantisation, max_positions, chunk: graph::CHUNK };
     let written = graph::write(model, &onnx, options, &mut |done, total| {
         job.progress(Progress {
             phase: format!("writing {}", params.dtype.name()),
