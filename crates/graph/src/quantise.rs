@@ -170,7 +170,9 @@ fn levels<const BITS: u32>(values: &[f32; 32], reciprocal: f32, zero: f32) -> [u
 fn level<const BITS: u32>(value: f32, reciprocal: f32, zero: f32) -> u8 {
     const BELOW_HALF: f32 = 0.499_999_97;
     let top = ((1u32 << BITS) - 1) as f32;
-    ((value * reciprocal + zero).max(0.0).min(top) + BELOW_HALF) as i32 as u8
+    let level = (value * reciprocal + zero).max(0.0).min(top) + BELOW_HALF;
+    // SAFETY: from 0 to 255.5; of NaN, `max` gave 0. `as` would look at each value by itself.
+    unsafe { level.to_int_unchecked::<i32>() as u8 }
 }
 
 #[cfg(test)]
