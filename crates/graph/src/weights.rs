@@ -44,6 +44,11 @@ impl<'a> Matrix<'a> {
         Ok(matrix)
     }
 
+    /// The first tensor's.
+    fn name(&self) -> &str {
+        self.parts.first().map_or("", |(tensor, _)| &tensor.name)
+    }
+
     /// The values of a row from column `from` on.
     fn read(&self, row: usize, from: usize, out: &mut [f32]) -> Result<(), Error> {
         let mut row = row;
@@ -326,7 +331,7 @@ impl<'a> Writer<'a> {
             self.b.append(levels)?;
         }
         let mut bytes = vec![0; scales.len() * self.float_size()];
-        self.encode(&scales, &mut bytes, name)?;
+        self.encode(&scales, &mut bytes, matrix.name())?;
         self.b.tensor(&scales_name, self.float(), &[n, blocks], &bytes)?;
         self.count(part, n * width + bytes.len());
         if !scheme.symmetric {
@@ -349,7 +354,7 @@ impl<'a> Writer<'a> {
                 || vec![0f32; k],
                 |values, (row, bytes)| {
                     matrix.read(from + row, 0, values)?;
-                    self.encode(values, bytes, name)
+                    self.encode(values, bytes, matrix.name())
                 },
             )?;
             self.b.append(bytes)?;
@@ -373,7 +378,7 @@ impl<'a> Writer<'a> {
                 for row in 0..n {
                     let values = &mut values[..columns];
                     matrix.read(row, from + strip * COLUMNS, values)?;
-                    self.encode(values, &mut one[..columns * size], name)?;
+                    self.encode(values, &mut one[..columns * size], matrix.name())?;
                     for (column, value) in one.chunks_exact(size).take(columns).enumerate() {
                         bytes[(column * n + row) * size..][..size].copy_from_slice(value);
                     }

@@ -113,3 +113,30 @@ impl Step for Export {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn parameters_are_held_to_what_runs_everywhere() {
+        let wrong = |params: serde_json::Value| {
+            let params: Export = serde_json::from_value(params).unwrap();
+            params.validate().err().map(|error| error.to_string())
+        };
+        assert_eq!(wrong(json!({"dtype": "q4", "block_size": 128, "head_bits": 4})), None);
+        assert_eq!(wrong(json!({"dtype": "fp16"})), None);
+        for (params, expected) in [
+            (json!({"dtype": "q4", "max_positions": 0}), "a graph that reads nothing"),
+            (json!({"dtype": "q4", "block_size": 48}), "32 and 128 run everywhere"),
+            (json!({"dtype": "int8", "head_bits": 16}), "quantised to 4 or 8 bits"),
+            (json!({"dtype": "fp16", "symmetric": false}), "fp16 has no quantised weights"),
+            (json!({"dtype": "fp32", "head_bits": 4}), "fp32 has no quantised weights"),
+        ] {
+            let error = wrong(params).unwrap();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}
