@@ -36,31 +36,21 @@ pub fn write(
         Some(theta) => Some(g.rotary("_near", theta, options.max_positions)?),
         None => None,
     };
+    // Gemma's norms stand before and after; the others' before only.
+    let before_ffn = match config.architecture {
+        Architecture::Gemma3 => "pre_feedforward_layernorm",
+        _ => "post_attention_layernorm",
+    };
     let (mut residual, embedding) = g.embedding()?;
     let mut x = g.norm("layers.0.normed", &residual, &names::layer(0, "input_layernorm"))?;
     for i in 0..config.num_layers {
         let near = near.as_ref().filter(|_| config.windows[i].is_some());
         let attended = g.attention(i, &x, near.unwrap_or(&far))?;
-        (x, residual) = match config.architecture {
-            Architecture::Gemma3 => {
-                let (after, before) = ("post_attention_layernorm", "pre_feedforward_layernorm");
-                let normed = g.norm(
-                    &format!("layers.{i}.self_attn.normed"),
-                    &attended,
-                    &names::layer(i, after),
-                )?;
-                g.add_and_norm(i, "ffn", &normed, &residual, &names::layer(i, before))?
-            }
-            _ => {
-                let weight = names::layer(i, "post_attention_layernorm");
-                g.add_and_norm(i, "ffn", &attended, &residual, &weight)?
-            }
-        };
-        let mut fed = g.feed_forward(i, &x)?;
-        if config.architecture == Architecture::Gemma3 {
-            let weight = names::layer(i, "post_feedforward_layernorm");
-            fed = g.norm(&format!("layers.{i}.mlp.normed"), &fed, &weight)?;
-        }
+        let attended = g.norm_after(i, "self_attn", attended, "post_attention_layernorm")?;
+        let weight = names::layer(i, before_ffn);
+        (x, residual) = g.add_and_norm(i, "ffn", &attended, &residual, &weight)?;
+        let fed = g.feed_forward(i, &x)?;
+        let fed = g.norm_after(i, "mlp", fed, "post_feedforward_layernorm")?;
         let weight = match i + 1 {
             next if next < config.num_layers => names::layer(next, "input_layernorm"),
             _ => names::NORM.into(),
@@ -202,6 +192,22 @@ impl Graph<'_> {
             ("stash_type", Attr::Int(1)),
         ];
         Ok(self.w.b.node("SimplifiedLayerNormalization", name, &[x, weight], &attrs))
+    }
+
+    /// What a half of a layer gives, normed before it is added up where the architecture does so.
+    fn norm_after(
+        &mut self,
+        i: usize,
+        half: &str,
+        x: String,
+        weight: &str,
+    ) -> Result<String, Error> {
+        match self.config.architecture {
+            Architecture::Gemma3 => {
+                self.norm(&format!("layers.{i}.{half}.normed"), &x, &names::layer(i, weight))
+            }
+            _ => Ok(x),
+        }
     }
 
     /// The residual with `x` added, normed and as it is.

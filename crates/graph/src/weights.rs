@@ -68,8 +68,10 @@ pub struct Writer<'a> {
     pub b: Builder,
     weights: &'a Weights,
     dtype: Dtype,
-    /// Of linear layers, and of the embedding and the head.
-    schemes: Option<[Scheme; 2]>,
+    /// Of linear layers, where they are quantised.
+    linear: Option<Scheme>,
+    /// Of the embedding and the head.
+    head: Option<Scheme>,
     /// Bytes of the embedding, of linear layers, of all else.
     pub sizes: [u64; 3],
 }
@@ -113,16 +115,15 @@ impl<'a> Writer<'a> {
             symmetric: quantisation.symmetric,
             half_scales: dtype.is_half(),
         };
-        let schemes = match dtype.bits() {
-            None => None,
-            Some(bits) => {
-                // The lookup wants rows of whole blocks.
-                let block = [quantisation.block, 32].into_iter().find(|b| width.is_multiple_of(*b));
-                let block = block.ok_or(Error::Width(width))?;
-                Some([scheme(bits, quantisation.block), scheme(quantisation.head_bits, block)])
-            }
-        };
-        Ok(Self { b, weights, dtype, schemes, sizes: [0; 3] })
+        let (mut linear, mut head) = (None, None);
+        if let Some(bits) = dtype.bits() {
+            // The lookup wants rows of whole blocks.
+            let block = [quantisation.block, 32].into_iter().find(|b| width.is_multiple_of(*b));
+            let block = block.ok_or(Error::Width(width))?;
+            linear = Some(scheme(bits, quantisation.block));
+            head = Some(scheme(quantisation.head_bits, block));
+        }
+        Ok(Self { b, weights, dtype, linear, head, sizes: [0; 3] })
     }
 
     /// The type that layers compute in.
@@ -176,7 +177,7 @@ impl<'a> Writer<'a> {
     ) -> Result<String, Error> {
         let matrix = Matrix::new(self.weights, parts)?;
         let product = if biases.is_empty() { name.to_string() } else { format!("{name}.product") };
-        self.product(&product, x, &format!("{name}.weight"), &matrix, 0)?;
+        self.product(&product, x, &format!("{name}.weight"), &matrix, self.linear)?;
         for (part, _) in parts {
             self.weights.let_go(part);
         }
@@ -194,22 +195,21 @@ impl<'a> Writer<'a> {
         Ok(self.b.node("Add", name, &[&product, &weight], &[]))
     }
 
-    /// x · Wᵀ, by the scheme of linear layers (0) or of the head (1), where there are any.
+    /// x · Wᵀ, quantised where there is a scheme.
     fn product(
         &mut self,
         name: &str,
         x: &str,
         weight: &str,
         matrix: &Matrix,
-        scheme: usize,
+        scheme: Option<Scheme>,
     ) -> Result<(), Error> {
         let (n, k) = (matrix.n, matrix.k);
-        let Some(schemes) = self.schemes else {
+        let Some(scheme) = scheme else {
             self.transposed(weight, matrix)?;
             self.b.node("MatMul", name, &[x, weight], &[]);
             return Ok(());
         };
-        let scheme = schemes[scheme];
         let dims = [n, scheme.blocks(k), scheme.width()];
         let prefix = weight.strip_suffix(".weight").unwrap_or(weight);
         let names = [format!("{prefix}.scales"), format!("{prefix}.zeros")];
@@ -222,7 +222,7 @@ impl<'a> Writer<'a> {
     pub fn embedding(&mut self, name: &str, tensor: &str, tied: bool) -> Result<Embedding, Error> {
         let matrix = Matrix::new(self.weights, &[(tensor.to_string(), None)])?;
         let (v, h) = (matrix.n, matrix.k);
-        let Some([_, scheme]) = self.schemes else {
+        let Some(scheme) = self.head else {
             self.rows("embed_tokens", &matrix)?;
             self.weights.let_go(tensor);
             self.b.node("Gather", name, &["embed_tokens", "input_ids"], &[]);
@@ -273,7 +273,7 @@ impl<'a> Writer<'a> {
     /// x · Wᵀ with a head of its own.
     pub fn own_head(&mut self, name: &str, x: &str, tensor: &str) -> Result<(), Error> {
         let matrix = Matrix::new(self.weights, &[(tensor.to_string(), None)])?;
-        self.product(name, x, "logits.weight", &matrix, 1)?;
+        self.product(name, x, "logits.weight", &matrix, self.head)?;
         self.weights.let_go(tensor);
         Ok(())
     }
