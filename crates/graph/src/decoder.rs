@@ -150,7 +150,9 @@ impl Graph<'_> {
     }
 
     /// Of tables in which `most` rows for short texts stand above those for longer ones: the S that
-    /// are needed. By the longest row of a batch, as transformers chooses.
+    /// are needed. By the longest row of a batch, as transformers chooses. Keys in the cache stay as
+    /// they were turned: to go on as if all had been read at once, a row that outgrows `most` has to
+    /// be read again, which transformers does.
     fn long_or_short(&mut self, tables: &[String; 2], most: usize) -> Rotary {
         let b = &mut self.w.b;
         let one = b.integers("shape_of_one", &[1], &[1]);
