@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use half::{bf16, f16};
+use half::f16;
 use memmap2::Mmap;
 use safetensors::tensor::Metadata;
 use serde_json::Value;
@@ -208,18 +208,19 @@ impl TensorRef<'_> {
         let data = &self.data[from * size..][..out.len() * size];
         match self.dtype {
             Dtype::F32 => {
-                for (x, bytes) in out.iter_mut().zip(data.as_chunks().0) {
-                    *x = f32::from_le_bytes(*bytes);
+                for (value, bytes) in out.iter_mut().zip(data.as_chunks().0) {
+                    *value = f32::from_le_bytes(*bytes);
                 }
             }
+            // Its upper half.
             Dtype::BF16 => {
-                for (x, bytes) in out.iter_mut().zip(data.as_chunks().0) {
-                    *x = bf16::from_le_bytes(*bytes).to_f32();
+                for (value, bytes) in out.iter_mut().zip(data.as_chunks().0) {
+                    *value = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
                 }
             }
             _ => {
-                for (x, bytes) in out.iter_mut().zip(data.as_chunks().0) {
-                    *x = f16::from_le_bytes(*bytes).to_f32();
+                for (value, bytes) in out.iter_mut().zip(data.as_chunks().0) {
+                    *value = f16::from_le_bytes(*bytes).to_f32();
                 }
             }
         }
@@ -249,6 +250,8 @@ impl TensorRef<'_> {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
 
     fn write(dir: &Path) -> PathBuf {

@@ -6,7 +6,7 @@ pub mod exact_match;
 pub mod perplexity;
 pub mod require;
 
-use checkpoint::EXPORTED;
+use checkpoint::ARCHITECTURES;
 use step::{Family, Kind, Known, Refusal, StepDef};
 
 pub static FAMILY: Family = Family {
@@ -23,10 +23,10 @@ const TOLERANCE: f64 = 0.01;
 fn supports(inputs: &Known) -> Result<(), Refusal> {
     let plain = inputs.get("models").into_iter().flatten().filter(|m| m.kind == Kind::Model);
     for architecture in plain.filter_map(|m| m.facts.architecture.as_deref()) {
-        if !EXPORTED.contains(&architecture) {
+        if !ARCHITECTURES.contains(&architecture) {
             return Err(Refusal::NotBuilt {
                 what: format!("architecture {architecture}"),
-                built: checkpoint::are(EXPORTED),
+                built: checkpoint::are(ARCHITECTURES),
             });
         }
     }

@@ -26,6 +26,8 @@ pub struct Builder {
     data: Option<BufWriter<File>>,
     offset: u64,
     chunks: usize,
+    /// Bytes of the last tensor that are still to come.
+    missing: u64,
 }
 
 /// One dimension of an input or output.
@@ -39,6 +41,7 @@ pub enum Dim {
 pub enum Attr {
     Int(i64),
     Float(f32),
+    Text(&'static str),
 }
 
 /// Where a tensor lies, so that another initializer may lie there too.
@@ -60,6 +63,7 @@ impl Builder {
             data: None,
             offset: 0,
             chunks: 0,
+            missing: 0,
         }
     }
 
@@ -81,6 +85,11 @@ impl Builder {
     ) -> String {
         self.add("", op, name, inputs, &[name], attrs);
         name.into()
+    }
+
+    /// A node of ONNX itself with several outputs.
+    pub fn split(&mut self, name: &str, x: &str, sizes: &str, outputs: &[&str]) {
+        self.add("", "Split", name, &[x, sizes], outputs, &[("axis", Attr::Int(-1))]);
     }
 
     /// A node of ONNX Runtime's own operators (`com.microsoft`), with its outputs.
@@ -108,11 +117,15 @@ impl Builder {
         let attribute = attrs
             .iter()
             .map(|(name, attr)| {
-                let (i, f, kind) = match attr {
-                    Attr::Float(f) => (None, Some(*f), 1),
-                    Attr::Int(i) => (Some(*i), None, 2),
-                };
-                AttributeProto { name: Some(name.to_string()), f, i, r#type: Some(kind) }
+                let name = Some(name.to_string());
+                let empty = AttributeProto { name, ..AttributeProto::default() };
+                match attr {
+                    Attr::Float(f) => AttributeProto { f: Some(*f), r#type: Some(1), ..empty },
+                    Attr::Int(i) => AttributeProto { i: Some(*i), r#type: Some(2), ..empty },
+                    Attr::Text(s) => {
+                        AttributeProto { s: Some((*s).into()), r#type: Some(3), ..empty }
+                    }
+                }
             })
             .collect();
         self.graph.node.push(NodeProto {
@@ -127,24 +140,30 @@ impl Builder {
 
     /// A few integers that are part of the graph itself.
     pub fn integers(&mut self, name: &str, dims: &[usize], values: &[i64]) -> String {
+        self.inline(name, data_type::INT64, dims, values.iter().flat_map(|v| v.to_le_bytes()))
+    }
+
+    /// A number that is part of the graph itself.
+    pub fn float(&mut self, name: &str, value: f32) -> String {
+        self.inline(name, data_type::FLOAT, &[], value.to_le_bytes())
+    }
+
+    fn inline(
+        &mut self,
+        name: &str,
+        data_type: i32,
+        dims: &[usize],
+        bytes: impl IntoIterator<Item = u8>,
+    ) -> String {
         self.graph.initializer.push(TensorProto {
             dims: dims.iter().map(|&d| d as i64).collect(),
-            data_type: Some(data_type::INT64),
+            data_type: Some(data_type),
             name: Some(name.into()),
-            raw_data: Some(values.iter().flat_map(|v| v.to_le_bytes()).collect()),
+            raw_data: Some(bytes.into_iter().collect()),
             external_data: Vec::new(),
             data_location: None,
         });
         name.into()
-    }
-
-    /// A tensor of f32 in external data.
-    pub fn floats(&mut self, name: &str, dims: &[usize], values: &[f32]) -> Result<Place, Error> {
-        if !values.iter().all(|v| v.is_finite()) {
-            return Err(Error::NotFinite(name.into()));
-        }
-        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        self.tensor(name, data_type::FLOAT, dims, &bytes)
     }
 
     /// A tensor in external data: row-major, little-endian.
@@ -155,21 +174,43 @@ impl Builder {
         dims: &[usize],
         bytes: &[u8],
     ) -> Result<Place, Error> {
-        let length = bytes.len() as u64;
+        let place = self.begin(name, data_type, dims, bytes.len() as u64)?;
+        self.append(bytes)?;
+        Ok(place)
+    }
+
+    /// A tensor in external data whose `length` bytes come by [`Builder::append`].
+    pub fn begin(
+        &mut self,
+        name: &str,
+        data_type: i32,
+        dims: &[usize],
+        length: u64,
+    ) -> Result<Place, Error> {
+        debug_assert_eq!(self.missing, 0, "the tensor before {name} is whole");
         if self.data.is_none() || (self.offset > 0 && self.offset + length > self.chunk) {
             self.next_chunk()?;
         }
-        let location = data_name(&self.path, self.chunks - 1);
-        let failed = |e| Error::write(&self.path.with_file_name(&location), e);
-        let data = self.data.as_mut().expect("opened above");
         let padding = self.offset.next_multiple_of(ALIGNMENT) - self.offset;
-        let zeros = [0; ALIGNMENT as usize];
-        data.write_all(&zeros[..padding as usize]).map_err(failed)?;
-        data.write_all(bytes).map_err(failed)?;
-        let place = Place { location, offset: self.offset + padding, length };
-        self.offset = place.offset + length;
+        self.missing = padding;
+        self.append(&[0; ALIGNMENT as usize][..padding as usize])?;
+        let location = data_name(&self.path, self.chunks - 1);
+        let place = Place { location, offset: self.offset, length };
+        self.missing = length;
         self.tensor_at(name, data_type, dims, &place);
         Ok(place)
+    }
+
+    /// The next bytes of the tensor that was begun.
+    pub fn append(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        debug_assert!(bytes.len() as u64 <= self.missing, "more bytes than were announced");
+        let data = self.data.as_mut().expect("a tensor was begun");
+        data.write_all(bytes).map_err(|e| {
+            Error::write(&self.path.with_file_name(data_name(&self.path, self.chunks - 1)), e)
+        })?;
+        self.offset += bytes.len() as u64;
+        self.missing -= bytes.len() as u64;
+        Ok(())
     }
 
     /// Another tensor over bytes that are there already.

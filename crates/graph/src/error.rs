@@ -12,10 +12,16 @@ pub enum Error {
     Write { path: PathBuf, source: std::io::Error },
     #[error("tensor `{0}` holds a value that is no number, or infinite: it cannot be exported")]
     NotFinite(String),
-    #[error("hidden_size {0} is no multiple of {1}, the values that share a scale in q4")]
-    Width(usize, usize),
+    #[error("tensor `{0}` holds a value of more than 65504: 16 bits cannot hold it")]
+    TooLarge(String),
+    #[error("hidden_size {0} is no multiple of 32, the values that share a scale")]
+    Width(usize),
     #[error("head_dim {0} is no multiple of 16: ONNX Runtime's attention does not take it")]
     HeadDim(usize),
+    #[error(
+        "positions turn {0} dimensions of a head, no multiple of 16: ONNX Runtime's attention does not take it"
+    )]
+    RotaryDim(usize),
 }
 
 impl Error {
@@ -34,8 +40,11 @@ impl From<Error> for Failure {
             Error::Write { .. } => Failure::environment(error.to_string()),
             Error::NotFinite(_) => Failure::input(error.to_string())
                 .hint("the training diverged: look at its loss curve, and lower the learning rate"),
-            Error::HeadDim(_) => Failure::input(error.to_string()),
-            Error::Width(..) => Failure::input(error.to_string()).hint("export it as fp32"),
+            Error::HeadDim(_) | Error::RotaryDim(_) => Failure::input(error.to_string()),
+            Error::TooLarge(_) => {
+                Failure::input(error.to_string()).hint("export it as fp32, q4 or int8")
+            }
+            Error::Width(_) => Failure::input(error.to_string()).hint("export it as fp32 or fp16"),
         }
     }
 }

@@ -1,13 +1,14 @@
 //! A causal language model as an ONNX graph: nodes, initializers, quantisation, bytes.
 //!
 //! Knows nothing of who runs it, nor of the folder around it. Weights are streamed: one tensor is
-//! in memory at a time.
+//! in memory at a time, and of a quantised one a part.
 
 mod builder;
+mod decoder;
 mod error;
-mod llama;
 pub mod proto;
 pub mod quantise;
+mod weights;
 
 use std::path::{Path, PathBuf};
 
@@ -16,12 +17,19 @@ use checkpoint::weights::Weights;
 
 pub use error::Error;
 
-/// How weights are stored, by the names that Transformers.js has for them.
+/// How weights are stored and what is computed in, by the names that Transformers.js has for them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dtype {
     Fp32,
-    /// Linear layers in 4 bits, blocks of 32; the embedding, and with it a tied head, in 8.
+    /// Weights, products and the cache in 16 bits; norms, the sums between layers and the logits
+    /// in 32.
+    Fp16,
+    /// Linear layers in 4 bits.
     Q4,
+    /// As q4, and the rest as in fp16.
+    Q4f16,
+    /// Linear layers in 8 bits.
+    Int8,
 }
 
 impl Dtype {
@@ -29,14 +37,50 @@ impl Dtype {
     pub const fn suffix(self) -> &'static str {
         match self {
             Dtype::Fp32 => "",
+            Dtype::Fp16 => "_fp16",
             Dtype::Q4 => "_q4",
+            Dtype::Q4f16 => "_q4f16",
+            Dtype::Int8 => "_int8",
         }
+    }
+
+    /// Of linear layers, where they are quantised.
+    const fn bits(self) -> Option<u32> {
+        match self {
+            Dtype::Fp32 | Dtype::Fp16 => None,
+            Dtype::Q4 | Dtype::Q4f16 => Some(4),
+            Dtype::Int8 => Some(8),
+        }
+    }
+
+    /// Whether layers compute in 16 bits.
+    const fn is_half(self) -> bool {
+        matches!(self, Dtype::Fp16 | Dtype::Q4f16)
+    }
+}
+
+/// How weights are quantised, where they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quantisation {
+    /// Values that share a scale: 32 or 128.
+    pub block: usize,
+    /// Zero lies in the middle of the levels; else each block says where.
+    pub symmetric: bool,
+    /// Bits of the embedding and the head: 4 or 8. In 4 they cost five times the error of all
+    /// linear layers.
+    pub head_bits: u32,
+}
+
+impl Default for Quantisation {
+    fn default() -> Self {
+        Self { block: 32, symmetric: true, head_bits: 8 }
     }
 }
 
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
     pub dtype: Dtype,
+    pub quantisation: Quantisation,
     /// Positions that the rotary tables hold: the longest text the graph can read.
     pub max_positions: usize,
     /// Bytes of one file of external data. A browser has to hold each in one piece.
@@ -69,11 +113,13 @@ pub fn write(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Written, Error> {
     let config = Config::read(model)?;
-    config.exportable(&model.join("config.json"))?;
     let weights = Weights::open(model)?;
     weights.check(&config)?;
     if !config.head_dim.is_multiple_of(16) {
         return Err(Error::HeadDim(config.head_dim));
     }
-    llama::write(&config, &weights, to, options, progress)
+    if !config.rotary_dim.is_multiple_of(16) {
+        return Err(Error::RotaryDim(config.rotary_dim));
+    }
+    decoder::write(&config, &weights, to, options, progress)
 }

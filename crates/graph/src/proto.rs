@@ -11,6 +11,7 @@ pub mod data_type {
     pub const UINT8: i32 = 2;
     pub const INT32: i32 = 6;
     pub const INT64: i32 = 7;
+    pub const FLOAT16: i32 = 10;
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -71,7 +72,9 @@ pub struct AttributeProto {
     pub f: Option<f32>,
     #[prost(int64, optional, tag = "3")]
     pub i: Option<i64>,
-    /// `AttributeProto.AttributeType`: 1 a float, 2 an integer.
+    #[prost(bytes = "vec", optional, tag = "4")]
+    pub s: Option<Vec<u8>>,
+    /// `AttributeProto.AttributeType`: 1 a float, 2 an integer, 3 a text.
     #[prost(int32, optional, tag = "20")]
     pub r#type: Option<i32>,
 }

@@ -14,20 +14,45 @@ pub struct Export {
     /// The longest text that the graph reads; at most what the model itself can.
     #[serde(default = "four_thousand")]
     pub max_positions: u32,
+    /// Where weights are quantised, how many share a scale: 32 or 128.
+    #[serde(default = "thirty_two")]
+    pub block_size: u32,
+    /// Where weights are quantised: zero lies in the middle of a block's levels. Else each block
+    /// says where, which takes a little more room and loses a little less.
+    #[serde(default = "yes")]
+    pub symmetric: bool,
+    /// Where weights are quantised, the bits of the embedding and the head: 8 or 4.
+    #[serde(default = "eight")]
+    pub head_bits: u32,
 }
 
 fn four_thousand() -> u32 {
     4096
 }
 
+fn thirty_two() -> u32 {
+    32
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn eight() -> u32 {
+    8
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     Fp32,
-    /// 4 bits in blocks of 32 for linear layers, 8 for the embedding and the head.
-    Q4,
+    /// Layers in 16 bits; norms, and what is added up from layer to layer, in 32.
     Fp16,
+    /// 4 bits for linear layers, `head_bits` for the embedding and the head.
+    Q4,
+    /// As q4, and the rest as in fp16. For GPUs: a device without `shader-f16` cannot run it.
     Q4f16,
+    /// 8 bits for linear layers, `head_bits` for the embedding and the head.
     Int8,
 }
 
@@ -50,28 +75,68 @@ impl Step for Export {
     const OUTPUT: Kind = Kind::OnnxModel;
 
     fn validate(&self) -> Result<(), ParamError> {
-        match self.max_positions {
-            0 => Err(ParamError::at("max_positions", "a graph that reads nothing")),
-            _ => Ok(()),
+        if self.max_positions == 0 {
+            return Err(ParamError::at("max_positions", "a graph that reads nothing"));
         }
+        if !matches!(self.block_size, 32 | 128) {
+            return Err(ParamError::at("block_size", "32 and 128 run everywhere"));
+        }
+        if !matches!(self.head_bits, 4 | 8) {
+            return Err(ParamError::at("head_bits", "an embedding is quantised to 4 or 8 bits"));
+        }
+        if matches!(self.dtype, Dtype::Fp32 | Dtype::Fp16) {
+            let name = self.dtype.name();
+            let none = |key| ParamError::at(key, format!("{name} has no quantised weights"));
+            if self.block_size != thirty_two() {
+                return Err(none("block_size"));
+            }
+            if !self.symmetric {
+                return Err(none("symmetric"));
+            }
+            if self.head_bits != eight() {
+                return Err(none("head_bits"));
+            }
+        }
+        Ok(())
     }
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
         let facts = inputs.values().flatten().filter_map(|i| i.facts.architecture.as_deref());
         for architecture in facts {
-            if !checkpoint::EXPORTED.contains(&architecture) {
+            if !checkpoint::ARCHITECTURES.contains(&architecture) {
                 return Err(Refusal::NotBuilt {
                     what: format!("architecture {architecture}"),
-                    built: checkpoint::are(checkpoint::EXPORTED),
+                    built: checkpoint::are(checkpoint::ARCHITECTURES),
                 });
             }
         }
-        match self.dtype {
-            Dtype::Fp32 | Dtype::Q4 => Ok(()),
-            other => Err(Refusal::NotBuilt {
-                what: format!("dtype {}", other.name()),
-                built: "fp32 and q4 are".into(),
-            }),
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn parameters_are_held_to_what_runs_everywhere() {
+        let wrong = |params: serde_json::Value| {
+            let params: Export = serde_json::from_value(params).unwrap();
+            params.validate().err().map(|error| error.to_string())
+        };
+        assert_eq!(wrong(json!({"dtype": "q4", "block_size": 128, "head_bits": 4})), None);
+        assert_eq!(wrong(json!({"dtype": "fp16"})), None);
+        for (params, expected) in [
+            (json!({"dtype": "q4", "max_positions": 0}), "a graph that reads nothing"),
+            (json!({"dtype": "q4", "block_size": 48}), "32 and 128 run everywhere"),
+            (json!({"dtype": "int8", "head_bits": 16}), "quantised to 4 or 8 bits"),
+            (json!({"dtype": "fp16", "symmetric": false}), "fp16 has no quantised weights"),
+            (json!({"dtype": "fp32", "head_bits": 4}), "fp32 has no quantised weights"),
+        ] {
+            let error = wrong(params).unwrap();
+            assert!(error.contains(expected), "{error}");
         }
     }
 }

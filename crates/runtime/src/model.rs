@@ -6,8 +6,11 @@
 
 use std::path::{Path, PathBuf};
 
+use half::f16;
 use ort::session::{Session, SessionInputValue};
-use ort::value::{DynValue, Shape, Tensor, TensorElementType, ValueType};
+use ort::value::{
+    DynValue, PrimitiveTensorElementType, Shape, Tensor, TensorElementType, ValueType,
+};
 
 use crate::{Error, Runtime};
 
@@ -41,11 +44,13 @@ enum Port {
     Past(usize),
 }
 
-/// One key or value tensor of the cache: fp32 [batch, heads, positions, width].
+/// One key or value tensor of the cache: [batch, heads, positions, width].
 #[derive(Debug)]
 struct CachePort {
     past: String,
     present: String,
+    /// Of f16, and not of f32.
+    half: bool,
     heads: i64,
     width: i64,
 }
@@ -74,7 +79,17 @@ impl Cache {
 
 /// The given rows of a tensor's first dimension.
 fn select(value: &DynValue, rows: &[usize]) -> ort::Result<DynValue> {
-    let (shape, data) = value.try_extract_tensor::<f32>()?;
+    match value.dtype().tensor_type() {
+        Some(TensorElementType::Float16) => select_of::<f16>(value, rows),
+        _ => select_of::<f32>(value, rows),
+    }
+}
+
+fn select_of<T>(value: &DynValue, rows: &[usize]) -> ort::Result<DynValue>
+where
+    T: PrimitiveTensorElementType + Copy + std::fmt::Debug + 'static,
+{
+    let (shape, data) = value.try_extract_tensor::<T>()?;
     let size = data.len() / shape[0] as usize;
     let kept = rows.iter().flat_map(|&r| &data[r * size..][..size]).copied().collect::<Vec<_>>();
     let shape = [rows.len() as i64, shape[1], shape[2], shape[3]];
@@ -129,7 +144,11 @@ impl Model {
     pub(crate) fn cache(&self, batch: usize) -> Result<Cache, Error> {
         let empty = |port: &CachePort| {
             let shape = [batch as i64, port.heads, 0, port.width];
-            Tensor::<f32>::new(self.session.allocator(), shape).map(|t| t.into_dyn())
+            let allocator = self.session.allocator();
+            match port.half {
+                true => Tensor::<f16>::new(allocator, shape).map(|t| t.into_dyn()),
+                false => Tensor::<f32>::new(allocator, shape).map(|t| t.into_dyn()),
+            }
         };
         let values = self.caches.iter().map(empty).collect::<Result<_, _>>();
         Ok(Cache { batch, len: 0, values: values.map_err(|e| self.failed(&e))? })
@@ -278,19 +297,22 @@ fn ports(session: &Session, path: &Path) -> Result<(Vec<Port>, Vec<CachePort>), 
                 let Some(rest) = name.strip_prefix("past_key_values.") else {
                     return Err(refuse(format!("wants an input `{name}`, which no causal LM has")));
                 };
-                let (heads, width) = match input.dtype() {
-                    ValueType::Tensor { ty: TensorElementType::Float32, shape, .. }
-                        if shape.len() == 4 && shape[1] > 0 && shape[3] > 0 =>
-                    {
-                        (shape[1], shape[3])
+                let (half, heads, width) = match input.dtype() {
+                    ValueType::Tensor {
+                        ty: ty @ (TensorElementType::Float32 | TensorElementType::Float16),
+                        shape,
+                        ..
+                    } if shape.len() == 4 && shape[1] > 0 && shape[3] > 0 => {
+                        (*ty == TensorElementType::Float16, shape[1], shape[3])
                     }
                     _ => {
-                        let want = "fp32 [batch, heads, positions, width], heads and width given";
+                        let want =
+                            "fp32 or fp16 [batch, heads, positions, width], heads and width given";
                         return Err(refuse(format!("has an input `{name}` that is not {want}")));
                     }
                 };
                 let (past, present) = (name.to_string(), format!("present.{rest}"));
-                caches.push(CachePort { past, present, heads, width });
+                caches.push(CachePort { past, present, half, heads, width });
                 Port::Past(caches.len() - 1)
             }
         });
@@ -325,8 +347,12 @@ fn write_graph(dir: &Path, scratch: &Path) -> Result<PathBuf, Error> {
     let config = checkpoint::config::Config::read(dir).map_err(graph::Error::from)?;
     let options = graph::Options {
         dtype: graph::Dtype::Fp32,
+        quantisation: graph::Quantisation::default(),
         max_positions: config.max_positions,
         chunk: graph::CHUNK,
     };
     Ok(graph::write(dir, scratch, options, &mut |_, _| ())?.graph)
 }
+
+#[cfg(all(test, feature = "worker"))]
+mod tests;

@@ -16,8 +16,15 @@ pub fn run(job: &Job) -> Result<()> {
     let config = Config::read(model).map_err(Failure::from)?;
     let dtype = match params.dtype {
         Dtype::Fp32 => graph::Dtype::Fp32,
+        Dtype::Fp16 => graph::Dtype::Fp16,
         Dtype::Q4 => graph::Dtype::Q4,
-        other => return Err(Failure::bug(format!("dtype {} is not built", other.name())).into()),
+        Dtype::Q4f16 => graph::Dtype::Q4f16,
+        Dtype::Int8 => graph::Dtype::Int8,
+    };
+    let quantisation = graph::Quantisation {
+        block: params.block_size as usize,
+        symmetric: params.symmetric,
+        head_bits: params.head_bits,
     };
     let max_positions = config.max_positions.min(params.max_positions as usize);
     if max_positions < config.max_positions {
@@ -29,7 +36,7 @@ pub fn run(job: &Job) -> Result<()> {
 
     let onnx = job.out().join("onnx");
     std::fs::create_dir(&onnx).with_context(|| format!("cannot create {}", onnx.display()))?;
-    let options = graph::Options { dtype, max_positions, chunk: graph::CHUNK };
+    let options = graph::Options { dtype, quantisation, max_positions, chunk: graph::CHUNK };
     let written = graph::write(model, &onnx, options, &mut |done, total| {
         job.progress(Progress {
             phase: format!("writing {}", params.dtype.name()),
@@ -44,7 +51,9 @@ pub fn run(job: &Job) -> Result<()> {
     checkpoint::copy_companions(model, job.out()).map_err(Failure::from)?;
     let graph_name = written.graph.file_name().expect("a graph has a name").to_string_lossy();
     write_config(model, job.out(), params.dtype, &graph_name, written.chunks, max_positions)?;
-    write_generation_config(model, job.out())?;
+    let ends = ends(model)?;
+    write_generation_config(model, job.out(), &ends)?;
+    write_genai_config(job.out(), &config, &graph_name, max_positions, &ends)?;
 
     let total = written.embedding + written.linear + written.other;
     job.metric("bytes", total as f64);
@@ -73,19 +82,66 @@ fn write_config(
     write(&out.join("config.json"), &config)
 }
 
-/// The model's own generation_config.json, in which every token that ends an answer is named: the
-/// base's, and the end of a turn by the chat template.
-fn write_generation_config(model: &Path, out: &Path) -> Result<()> {
+/// Every token that ends an answer: the base's, and the end of a turn by the chat template.
+fn ends(model: &Path) -> Result<Vec<u32>> {
+    match model.join("tokenizer.json").exists() {
+        true => Ok(Tokenizer::from_dir(model).map_err(Failure::from)?.end_ids()),
+        false => Ok(Vec::new()),
+    }
+}
+
+/// The model's own generation_config.json, in which every token that ends an answer is named.
+fn write_generation_config(model: &Path, out: &Path, ends: &[u32]) -> Result<()> {
     let path = model.join("generation_config.json");
     let mut config = if path.exists() { read(&path)? } else { json!({}) };
-    let ends = match model.join("tokenizer.json").exists() {
-        true => Tokenizer::from_dir(model).map_err(Failure::from)?.end_ids(),
-        false => Vec::new(),
-    };
     if !ends.is_empty() {
         config["eos_token_id"] = json!(ends);
     }
     write(&out.join("generation_config.json"), &config)
+}
+
+/// What onnxruntime-genai wants to know, so that it runs the folder as it is.
+fn write_genai_config(
+    out: &Path,
+    config: &Config,
+    graph: &str,
+    max_positions: usize,
+    ends: &[u32],
+) -> Result<()> {
+    let ends = if ends.is_empty() { &config.eos_token_ids } else { ends };
+    let mut model = json!({
+        "type": config.architecture.model_type(),
+        "vocab_size": config.vocab_size,
+        "context_length": max_positions,
+        "eos_token_id": ends,
+        "pad_token_id": config.pad_token_id.or(ends.first().copied()).unwrap_or(0),
+        "decoder": {
+            "filename": format!("onnx/{graph}"),
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_size": config.head_dim,
+            "session_options": {},
+            "inputs": {
+                "input_ids": "input_ids",
+                "attention_mask": "attention_mask",
+                "past_key_names": "past_key_values.%d.key",
+                "past_value_names": "past_key_values.%d.value",
+            },
+            "outputs": {
+                "logits": "logits",
+                "present_key_names": "present.%d.key",
+                "present_value_names": "present.%d.value",
+            },
+        },
+    });
+    if let Some(bos) = config.bos_token_id {
+        model["bos_token_id"] = json!(bos);
+    }
+    let search = json!({ "max_length": max_positions, "past_present_share_buffer": true });
+    let path = out.join("genai_config.json");
+    write(&path, &json!({ "model": model, "search": search }))
 }
 
 fn read(path: &Path) -> Result<Value> {
@@ -191,6 +247,25 @@ mod tests {
     }
 
     #[test]
+    fn each_type_has_the_name_that_transformers_js_looks_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = model(dir.path(), wave);
+        for (dtype, suffix) in
+            [("fp32", ""), ("fp16", "_fp16"), ("q4", "_q4"), ("q4f16", "_q4f16"), ("int8", "_int8")]
+        {
+            let out =
+                export(dir.path(), &model, json!({"dtype": dtype, "max_positions": 64}), dtype);
+            let out = out.unwrap();
+            for end in ["onnx", "onnx_data"] {
+                assert!(out.join(format!("onnx/model{suffix}.{end}")).exists(), "{dtype}");
+            }
+            let genai = read(&out.join("genai_config.json")).unwrap();
+            assert_eq!(genai["model"]["decoder"]["filename"], format!("onnx/model{suffix}.onnx"));
+            assert_eq!(genai["model"]["eos_token_id"], json!([2]));
+        }
+    }
+
+    #[test]
     fn infinite_weights_are_refused_by_name() {
         let dir = tempfile::tempdir().unwrap();
         let model = model(dir.path(), |i| if i == 7 { f32::INFINITY } else { 0.1 });
@@ -199,5 +274,16 @@ mod tests {
             error.unwrap_err(),
             "tensor `model.embed_tokens.weight` holds a value that is no number, or infinite: it cannot be exported"
         );
+    }
+
+    #[test]
+    fn what_no_16_bits_hold_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = model(dir.path(), |i| if i == 7 { 1e5 } else { 0.1 });
+        let params = |dtype| json!({"dtype": dtype, "max_positions": 64});
+        let error = export(dir.path(), &model, params("fp16"), "fp16").unwrap_err();
+        let named = "tensor `model.embed_tokens.weight` holds a value of more than 65504";
+        assert!(error.contains(named), "{error}");
+        assert!(export(dir.path(), &model, params("int8"), "int8").is_ok());
     }
 }
