@@ -13,7 +13,7 @@
 use std::slice::{from_mut, from_ref};
 
 use anyhow::Result;
-use checkpoint::config::{Architecture, Config, Llama3, RopeScaling};
+use checkpoint::config::{Architecture, Config};
 use checkpoint::names;
 use tch::{Device, Kind, Reduction, Tensor};
 use train::LOGITS_A_TILE;
@@ -448,19 +448,6 @@ impl Norm {
     }
 }
 
-/// Llama 3.1's frequencies: long waves are stretched by a factor, short ones are not, and those in
-/// between are blended (transformers, modeling_rope_utils.py).
-fn stretched(frequencies: &Tensor, scaling: &Llama3) -> Tensor {
-    let Llama3 { factor, low_freq_factor: low, high_freq_factor: high, .. } = *scaling;
-    let waves = frequencies.reciprocal() * (2.0 * std::f64::consts::PI);
-    let original = scaling.original_max_positions;
-    let long = frequencies / factor;
-    let smooth = (waves.reciprocal() * original - low) / (high - low);
-    let blended = (1.0 - &smooth) * &long + &smooth * frequencies;
-    let kept = frequencies.where_self(&waves.lt(original / high), &blended);
-    long.where_self(&waves.gt(original / low), &kept)
-}
-
 /// How fast the pairs of a head turn from one position to the next.
 struct Frequencies {
     /// [R/2]
@@ -475,25 +462,14 @@ struct Frequencies {
 
 impl Frequencies {
     fn new(config: &Config, theta: f64, device: Device) -> Self {
-        let r = config.rotary_dim as i64;
-        let exponents = Tensor::arange_start_step(0, r, 2, (Kind::Int64, device));
-        let exponents = exponents.to_kind(Kind::Float) / r as f64;
-        let wavelengths = Tensor::pow_scalar(theta, &exponents);
-        let (every, short, factor) = match &config.rope_scaling {
-            None => (wavelengths.reciprocal(), None, 1.0),
-            Some(RopeScaling::Llama3(scaling)) => {
-                (stretched(&wavelengths.reciprocal(), scaling), None, 1.0)
-            }
-            Some(RopeScaling::LongRope(scaling)) => {
-                let [near, far] = [&scaling.short_factor, &scaling.long_factor].map(|factors| {
-                    let factors = Tensor::from_slice(factors).to_kind(Kind::Float);
-                    (factors.to_device(device) * &wavelengths).reciprocal()
-                });
-                let short = (near, scaling.original_max_positions as i64);
-                (far, Some(short), scaling.attention_factor)
-            }
-        };
-        Self { every, short, factor, head_dim: config.head_dim as i64 }
+        let rotary = config.rotary(theta);
+        let tensor = |all: &[f32]| Tensor::from_slice(all).to_device(device);
+        Self {
+            every: tensor(&rotary.frequencies),
+            short: rotary.short.map(|(short, most)| (tensor(&short), most as i64)),
+            factor: f64::from(rotary.factor),
+            head_dim: config.head_dim as i64,
+        }
     }
 
     /// Of the positions of a batch.
