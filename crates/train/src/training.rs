@@ -144,7 +144,7 @@ pub enum Schedule {
 pub enum Packing {
     /// As `never`, unless padding would be more than a fifth of all positions.
     Auto,
-    /// Rows end to end in one sequence, under a block-diagonal mask.
+    /// Rows end to end in one sequence.
     Always,
     /// Rows of like length under one another, padded to the longest.
     Never,

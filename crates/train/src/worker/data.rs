@@ -9,10 +9,10 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 use step::Failure;
 use step::worker::{Input, Job};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 use train::training::Order;
 
-use crate::decoder::{Batch, Packed};
+use crate::decoder::{Batch, Packed, Run};
 
 /// The splits that training reads.
 pub struct Dataset {
@@ -217,7 +217,11 @@ impl Rows {
     ///
     /// Padding comes after a row's tokens, so no position that counts attends to it.
     pub fn batch(&self, rows: &[u32], packed: bool, prompt_weight: f64, device: Device) -> Batch {
-        let rows: Vec<Row> = rows.iter().map(|row| self.row(*row as usize)).collect();
+        let mut rows: Vec<Row> = rows.iter().map(|row| self.row(*row as usize)).collect();
+        if packed {
+            // Those of one length attend together.
+            rows.sort_by_key(Row::positions);
+        }
         let length = match packed {
             true => rows.iter().map(Row::positions).sum(),
             false => rows.iter().map(Row::positions).max().unwrap_or(0),
@@ -246,7 +250,7 @@ impl Rows {
             lengths: Tensor::from_slice(&lengths)
                 .view([height as i64, length as i64])
                 .to_device(device),
-            packed: packed.then(|| blocks(&rows, device)),
+            packed: packed.then(|| end_to_end(&rows, device)),
             predicting: Tensor::from_slice(&predicting).to_device(device),
             targets: Tensor::from_slice(&targets).to_device(device),
             weights: Tensor::from_slice(&weights).to_device(device),
@@ -265,19 +269,12 @@ fn weight_of(mark: u8, prompt_weight: f64) -> f64 {
     if mark == 1 { 1.0 } else { prompt_weight }
 }
 
-/// Each row sees itself alone, and counts its positions from 0.
-fn blocks(rows: &[Row], device: Device) -> Packed {
+/// Rows by their length: each counts its positions from 0.
+fn end_to_end(rows: &[Row], device: Device) -> Packed {
     let positions: Vec<i64> = rows.iter().flat_map(|row| 0..row.positions() as i64).collect();
-    let owner = rows.iter().enumerate();
-    let owner: Vec<i64> =
-        owner.flat_map(|(i, row)| std::iter::repeat_n(i as i64, row.positions())).collect();
-    let owner = Tensor::from_slice(&owner).to_device(device);
-    let same = owner.unsqueeze(1).eq_tensor(&owner.unsqueeze(0));
-    let length = positions.len() as i64;
-    Packed {
-        positions: Tensor::from_slice(&positions).to_device(device),
-        mask: same.tril(0).view([1, 1, length, length]).to_kind(Kind::Bool),
-    }
+    let same = rows.chunk_by(|a, b| a.positions() == b.positions());
+    let runs = same.map(|rows| Run { rows: rows.len() as i64, length: rows[0].positions() as i64 });
+    Packed { positions: Tensor::from_slice(&positions).to_device(device), runs: runs.collect() }
 }
 
 #[cfg(test)]
