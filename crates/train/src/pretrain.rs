@@ -10,6 +10,9 @@ use step::kind::Kind;
 use crate::memory;
 use crate::training::{over, training_step, with_shared};
 
+/// `model_type` of what can be trained from scratch.
+const ARCHITECTURES: &[&str] = &["llama"];
+
 training_step! {
     /// The shape of the model, how it starts, how it is trained.
     pub struct Pretrain {
@@ -106,7 +109,7 @@ impl Step for Pretrain {
     }
 
     fn supports(&self, _: &Known) -> Result<(), Refusal> {
-        crate::architecture_is_built(&self.architecture, checkpoint::EXPORTED)
+        crate::architecture_is_built(&self.architecture, ARCHITECTURES)
     }
 }
 
@@ -114,7 +117,7 @@ impl Pretrain {
     /// The model's shape with a vocabulary of so many tokens, none of them special yet; `None` if
     /// the architecture is not built.
     pub fn config(&self, vocab_size: usize) -> Option<Config> {
-        let known = checkpoint::EXPORTED.contains(&self.architecture.as_str());
+        let known = ARCHITECTURES.contains(&self.architecture.as_str());
         Some(Config {
             architecture: Architecture::of(&self.architecture).filter(|_| known)?,
             hidden_size: self.hidden_size,
