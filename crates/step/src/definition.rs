@@ -143,6 +143,8 @@ pub struct Facts {
     pub vocabulary: Option<usize>,
     /// A model's config.json.
     pub config: Option<Value>,
+    /// What a dataset's rows have a number for, beside what they say.
+    pub columns: Option<Vec<String>>,
 }
 
 /// What a step takes of the machine while it runs.

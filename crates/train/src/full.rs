@@ -36,6 +36,7 @@ impl Step for Full {
     }
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
+        crate::dataset_has_column(&self.training(), inputs)?;
         crate::base_architecture(inputs).map(drop)
     }
 }

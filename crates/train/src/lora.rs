@@ -172,6 +172,7 @@ impl Step for Lora {
     }
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
+        crate::dataset_has_column(&self.training(), inputs)?;
         let base = crate::base_architecture(inputs)?;
         match base.map(|architecture| self.targets(architecture)).transpose() {
             Ok(_) => Ok(()),
@@ -318,6 +319,25 @@ mod tests {
             refused("mistral", "gate_up_proj").unwrap_err(),
             "`gate_up_proj` is no linear layer of mistral: set `target_modules` to one or more of \
              q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head, or `all-linear`"
+        );
+    }
+
+    #[test]
+    fn a_column_that_the_dataset_does_not_keep_is_refused_before_training() {
+        let params = resolve(json!({"order": {"column": "difficulty"}})).unwrap();
+        let supports = |columns: Option<&[&str]>| {
+            let columns = columns.map(|all| all.iter().map(ToString::to_string).collect());
+            let facts = step::Facts { columns, ..Default::default() };
+            let dataset = KnownInput { label: "rows".into(), kind: Kind::Dataset, facts };
+            let known = Known::from([("dataset".to_string(), vec![dataset])]);
+            (DEF.supports)(&params, &known).map_err(|refused| refused.to_string())
+        };
+        assert_eq!(supports(Some(&["difficulty", "length"])), Ok(()));
+        assert_eq!(supports(None), Ok(()));
+        assert_eq!(
+            supports(Some(&[])).unwrap_err(),
+            "`rows` keeps no column `difficulty`: give `columns = [\"difficulty\"]` to \
+             the dataset, whose rows have a number for it"
         );
     }
 

@@ -100,6 +100,7 @@ impl Step for Pretrain {
             architecture: Some(self.architecture.clone()),
             vocabulary,
             config: config.map(|config| config.to_json()),
+            ..Facts::default()
         }
     }
 
@@ -108,7 +109,8 @@ impl Step for Pretrain {
         memory::needs_of_all(config.as_ref(), &self.training())
     }
 
-    fn supports(&self, _: &Known) -> Result<(), Refusal> {
+    fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
+        crate::dataset_has_column(&self.training(), inputs)?;
         crate::architecture_is_built(&self.architecture, ARCHITECTURES)
     }
 }

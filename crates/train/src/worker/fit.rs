@@ -78,7 +78,7 @@ pub fn fit(
         .hint("give the dataset's `split` a share for `validation`, or set `keep = \"last\"`")
         .into());
     }
-    let difficulty = data.train.difficulty(training.order);
+    let difficulty = data.difficulty(&training.order)?;
     let plan = Plan::new(&data.train.lengths(), difficulty.as_deref(), training);
     let steps = plan.steps.len();
     let warmup = warmup_steps(training, steps);
