@@ -7,6 +7,7 @@ pub mod lora;
 mod memory;
 pub mod pretrain;
 pub mod training;
+pub mod work;
 
 use std::path::Path;
 

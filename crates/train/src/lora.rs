@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use checkpoint::config::Architecture;
+use checkpoint::config::{Architecture, Config};
 use checkpoint::names;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -12,8 +12,8 @@ use serde_json::{Map, Value, json};
 use step::definition::{InputDef, Known, Needs, ParamError, Platform, Refusal, Step};
 use step::kind::Kind;
 
-use crate::memory;
 use crate::training::{over, training_step, with_shared};
+use crate::work;
 
 training_step! {
     /// What the adapter is, and how it is trained.
@@ -86,6 +86,23 @@ impl Lora {
             targets.insert(*layer);
         }
         Ok(targets.into_iter().collect())
+    }
+
+    /// Numbers in the matrices of an adapter for this base, none for a target that it does not have.
+    pub fn parameters(&self, base: &Config) -> usize {
+        let targets = self.targets(base.architecture).unwrap_or_default();
+        let of = |target: &str| {
+            let parts = names::linears(base.architecture).iter();
+            match parts
+                .filter(|part| names::module(part) == target)
+                .find_map(|part| names::linear_shape(base, part))
+            {
+                Some(shape) => base.num_layers * shape.iter().sum::<usize>(),
+                // The head.
+                None => base.vocab_size + base.hidden_size,
+            }
+        };
+        self.rank * targets.into_iter().map(of).sum::<usize>()
     }
 }
 
@@ -168,7 +185,7 @@ impl Step for Lora {
     }
 
     fn needs(&self, inputs: &Known) -> Needs {
-        memory::needs_of_lora(crate::base_config(inputs).as_ref(), self)
+        work::needs_of_lora(crate::base_config(inputs).as_ref(), self, inputs)
     }
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {

@@ -34,19 +34,10 @@ fn all(config: &Config, training: &Training) -> Memory {
 
 /// The base is held in what is computed in or in NF4, the adapter in float32.
 fn lora(config: &Config, lora: &Lora, bits: u8, training: &Training) -> Memory {
-    // A target that the base does not have is refused elsewhere.
-    let targets = lora.targets(config.architecture).unwrap_or_default();
-    let linears = names::linears(config.architecture);
+    let adapter = lora.parameters(config) as u64;
     let shape = |part: &str| names::linear_shape(config, part).expect("a name of the list");
-    let adapted = targets.into_iter().map(|target| {
-        match linears.iter().find(|part| names::module(part) == target) {
-            Some(part) => config.num_layers * shape(part).iter().sum::<usize>(),
-            // The head.
-            None => config.vocab_size + config.hidden_size,
-        }
-    });
-    let adapter = (lora.rank * adapted.sum::<usize>()) as u64;
-    let matrices = linears.iter().map(|part| shape(part).iter().product::<usize>());
+    let linears = names::linears(config.architecture).iter();
+    let matrices = linears.map(|part| shape(part).iter().product::<usize>());
     let [in_layers, largest] =
         [config.num_layers * matrices.clone().sum::<usize>(), matrices.max().unwrap_or(0)]
             .map(|count| count as u64);

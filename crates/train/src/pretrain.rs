@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 use step::definition::{Facts, InputDef, Known, Needs, ParamError, Platform, Refusal, Step};
 use step::kind::Kind;
 
-use crate::memory;
 use crate::training::{over, training_step, with_shared};
+use crate::work;
 
 /// `model_type` of what can be trained from scratch.
 const ARCHITECTURES: &[&str] = &["llama"];
@@ -106,7 +106,7 @@ impl Step for Pretrain {
 
     fn needs(&self, inputs: &Known) -> Needs {
         let config = vocabulary(inputs).and_then(|size| self.config(size));
-        memory::needs_of_all(config.as_ref(), &self.training())
+        work::needs_of_all(config.as_ref(), &self.training(), inputs)
     }
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {

@@ -12,6 +12,7 @@ use step::Failure;
 use step::worker::{Input, Job};
 use tch::{Device, Tensor};
 use train::training::Order;
+use train::work::Split;
 
 use crate::decoder::{Batch, Packed, Run};
 
@@ -227,6 +228,14 @@ impl Rows {
         let rarity: Vec<f64> = having.iter().map(rarity).collect();
         let of = |ids: &[i32]| ids.iter().map(|id| rarity[*id as usize]).sum::<f64>();
         (0..self.len()).map(|row| self.row(row).ids).map(|ids| of(ids) / ids.len() as f64).collect()
+    }
+
+    /// As dataset.json tells of them.
+    pub fn split(&self) -> Split {
+        let supervised = self.supervised.iter().filter(|mark| **mark == 1).count();
+        let [rows, tokens, supervised] =
+            [self.len(), self.ids.len(), supervised].map(|count| count as u64);
+        Split { rows, tokens, supervised }
     }
 
     /// What the targets of `rows` count together.

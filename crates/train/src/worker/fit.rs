@@ -54,6 +54,8 @@ pub struct Outcome {
     pub kept: Option<usize>,
     pub steps: usize,
     pub tokens: u64,
+    /// Of the steps, that this attempt made: it may have gone on from a checkpoint.
+    pub share: f64,
 }
 
 /// How often a checkpoint is written where `checkpoint_every` does not say.
@@ -195,6 +197,7 @@ pub fn fit(
         kept,
         steps,
         tokens,
+        share: (steps - done) as f64 / steps as f64,
     };
     job.metric("loss", outcome.loss);
     if let Some(loss) = outcome.validation_loss {

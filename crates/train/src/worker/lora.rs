@@ -13,9 +13,10 @@ use checkpoint::names;
 use checkpoint::weights::{Dtype, Weights};
 use serde_json::Value;
 use step::Failure;
+use step::definition::TFLOP;
 use step::worker::{Input, Job};
 use tch::{Device, Kind, Tensor};
-use train::Lora;
+use train::{Lora, work};
 
 use crate::blockwise::Nf4;
 use crate::data::Dataset;
@@ -47,6 +48,8 @@ pub fn run(job: &Job) -> Result<()> {
         decays: true,
     });
     let outcome = fit(job, &training, &model, trainables.collect(), &data, place.device)?;
+    let tflop = work::of_lora(&model.config, &params, data.train.split());
+    job.metric(TFLOP, outcome.share * tflop);
     job.metric("trained_parameters", adapter.values().map(|t| t.numel() as f64).sum());
 
     let base = base_name(&base.path);
