@@ -203,10 +203,11 @@ mod tests {
         let qlora = with(&all16, "bits", json!(4));
         let checkpointed = |params: &Value| with(params, "gradient_checkpointing", json!(true));
         let less = with(&checkpointed(&large), "optimiser", json!("adamw-8bit"));
+        let packed = with(&lora(8, json!(["q_proj"]), 2048), "packing", json!("always"));
         // Peak resident megabytes of the worker, as `cargo xtask show` tells them.
         let some = lora(16, json!(["q_proj", "v_proj"]), 4096);
         for (shape, pretrained, adapters) in [
-            (&small, 218.1, vec![(with(&all(256), "dropout", json!(0.0)), 195.0)]),
+            (&small, 218.1, vec![(with(&all(256), "dropout", json!(0.0)), 195.0), (packed, 345.2)]),
             (&less, 1183.0, vec![]),
             (
                 &large,
