@@ -197,20 +197,21 @@ fn plan_json(planned: &engine::Planned) -> serde_json::Value {
         "status": status,
         "reason": reason,
         "last_wall_seconds": last.map(|p| p.wall_seconds),
+        "expected_seconds": planned.seconds,
         "last_peak_memory": last.map(|p| p.peak_memory),
         "memory": planned.memory,
     })
 }
 
 fn plan_text(plan: &Plan) -> String {
-    let mut table = display::Table::new(["target", "step", "status", "last time", "memory"]);
+    let mut table = display::Table::new(["target", "step", "status", "time", "memory"]);
     let mut wall = 0.0;
     for planned in &plan.targets {
         let last = planned.last.as_ref().map(|r| &r.provenance);
         let status = match &planned.status {
             Status::Cached(_) => "cached".to_string(),
             Status::Stale(stale) => {
-                wall += last.map_or(0.0, |p| p.wall_seconds);
+                wall += planned.seconds.or(last.map(|p| p.wall_seconds)).unwrap_or(0.0);
                 match stale {
                     Stale::Waits(_) => stale.to_string(),
                     _ => format!("stale: {stale}"),
@@ -222,7 +223,7 @@ fn plan_text(plan: &Plan) -> String {
             planned.id.to_string(),
             planned.step.to_string(),
             status,
-            last.map_or("".into(), |p| display::seconds(p.wall_seconds)),
+            time(planned),
             memory(planned),
         ]);
     }
@@ -231,11 +232,20 @@ fn plan_text(plan: &Plan) -> String {
         0 if plan.up_to_date() => "up to date\n".to_string(),
         0 => String::new(),
         n if wall > 0.0 => {
-            format!("{n} to make, about {} by what they took last\n", display::seconds(wall))
+            format!("{n} to make, about {} by what was made before\n", display::seconds(wall))
         }
         n => format!("{n} to make\n"),
     };
     format!("{table}{line}")
+}
+
+/// What it would take by its own numbers, where it knows them; else what it took last time.
+fn time(planned: &engine::Planned) -> String {
+    let last = planned.last.as_ref().map(|r| display::seconds(r.provenance.wall_seconds));
+    match planned.seconds {
+        Some(seconds) => format!("~{}", display::seconds(seconds)),
+        None => last.unwrap_or_default(),
+    }
 }
 
 /// What it took last time; of a step that knows its numbers, what it will take, and where.

@@ -16,6 +16,10 @@ use crate::config::Config;
 use crate::weights::{TensorRef, Weights};
 use crate::{Error, names};
 
+mod plain;
+
+pub use plain::Plain;
+
 pub const CONFIG: &str = "adapter_config.json";
 pub const WEIGHTS: &str = "adapter_model.safetensors";
 

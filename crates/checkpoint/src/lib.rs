@@ -23,7 +23,7 @@ pub use error::Error;
 /// `model_type` of the architectures that can be trained and merged.
 pub const ARCHITECTURES: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"];
 
-/// Those that can be trained from scratch, exported and measured, too.
+/// Those that can be exported and measured, too.
 pub const EXPORTED: &[&str] = &["llama"];
 
 /// `llama is`, `llama, mistral and qwen2 are`: how a refusal ends.
@@ -48,13 +48,25 @@ pub const TOKENIZER_FILES: &[&str] = &[
 /// Copies what goes with a model wherever it goes: tokenizer, chat template, generation
 /// defaults, licence and notices. Files that `from` does not have are left out.
 pub fn copy_companions(from: &Path, to: &Path) -> Result<(), Error> {
-    let entries = std::fs::read_dir(from).map_err(|e| Error::io(from, e))?;
-    for entry in entries {
+    copy(from, to, |name| {
+        is_legal(name) || name == "generation_config.json" || TOKENIZER_FILES.contains(&name)
+    })
+}
+
+/// Copies licence and notices.
+pub fn copy_legal(from: &Path, to: &Path) -> Result<(), Error> {
+    copy(from, to, is_legal)
+}
+
+fn is_legal(name: &str) -> bool {
+    ["LICENSE", "NOTICE", "USE_POLICY"].iter().any(|start| name.starts_with(start))
+}
+
+fn copy(from: &Path, to: &Path, wanted: impl Fn(&str) -> bool) -> Result<(), Error> {
+    for entry in std::fs::read_dir(from).map_err(|e| Error::io(from, e))? {
         let entry = entry.map_err(|e| Error::io(from, e))?;
         let name = entry.file_name();
-        let text = name.to_string_lossy();
-        let legal = ["LICENSE", "NOTICE", "USE_POLICY"].iter().any(|p| text.starts_with(p));
-        if legal || text == "generation_config.json" || TOKENIZER_FILES.contains(&&*text) {
+        if wanted(&name.to_string_lossy()) {
             let to = to.join(&name);
             // Not `fs::copy`: it would carry a store's read-only mode along.
             let bytes = std::fs::read(entry.path()).map_err(|e| Error::io(&entry.path(), e))?;

@@ -5,7 +5,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use step::definition::ParamError;
-use step::{InputDef, Kind, Step};
+use step::{Facts, InputDef, Kind, Known, Step};
 
 use crate::rows::{Format, OnBroken};
 
@@ -17,6 +17,9 @@ pub struct Chat {
     pub format: Format,
     #[serde(default)]
     pub on_broken: OnBroken,
+    /// Keys of a row with a number each, kept beside what it says: `difficulty`.
+    #[serde(default)]
+    pub columns: Vec<String>,
     /// Tokens that a row may have; longer rows are left out and counted.
     #[serde(default = "two_thousand")]
     pub max_len: u32,
@@ -29,6 +32,9 @@ pub struct Chat {
     #[serde(default = "forty_two")]
     pub seed: u64,
 }
+
+/// What a row of `<split>.jsonl` says.
+const OWN_KEYS: [&str; 2] = ["messages", "text"];
 
 fn two_thousand() -> u32 {
     2048
@@ -82,9 +88,26 @@ impl Step for Chat {
             return Err(ParamError::at("split", format!("the shares sum to {sum}, not to 1"))
                 .hint("for example { train = 0.8, validation = 0.1, test = 0.1 }"));
         }
+        for (i, column) in self.columns.iter().enumerate() {
+            let at = |what: &str| {
+                Err(ParamError::at(format!("columns[{i}]"), format!("`{column}` {what}")))
+            };
+            if OWN_KEYS.contains(&column.as_str()) {
+                return at("is what a row says, not a number beside it");
+            }
+            if self.columns[..i].contains(column) {
+                return at("is named twice");
+            }
+        }
         if self.max_len < 2 {
             return Err(ParamError::at("max_len", "a row of one token teaches nothing"));
         }
         Ok(())
+    }
+
+    fn facts(&self, inputs: &Known) -> Facts {
+        let tokenizer = inputs.get("tokenizer").and_then(|known| known.first());
+        let known = tokenizer.map(|tokenizer| tokenizer.facts.clone()).unwrap_or_default();
+        Facts { columns: Some(self.columns.clone()), ..known }
     }
 }

@@ -21,6 +21,11 @@ use crate::sandbox::{self, Allowed};
 use crate::target::TargetId;
 use crate::{Engine, Error, Event, Workers, cannot, held, tools};
 
+/// The name of this machine.
+pub(crate) fn host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
 impl Engine {
     /// Runs the worker and takes its output in; records nothing.
     pub(crate) fn run(
@@ -66,7 +71,7 @@ impl Engine {
             wall_seconds,
             cpu_seconds: outcome.cpu_seconds,
             peak_memory: outcome.peak_memory,
-            host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+            host: host(),
             device,
             versions,
             git_commit,

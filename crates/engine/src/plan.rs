@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::MutexGuard;
 
 use serde::Serialize;
+use step::definition::TFLOP;
 use step::{
     Action, ActionKey, ActionResult, CodeDigest, Facts, Failure, Known, Memory, Platform, Refusal,
     Tree, TreeDigest, action, canonical,
@@ -13,7 +14,7 @@ use crate::capacity::{self, TooLarge};
 use crate::resolve::{Graph, Node, Origin};
 use crate::target::TargetId;
 use crate::why::{self, Difference};
-use crate::{Engine, Error, code, held, tools};
+use crate::{Engine, Error, code, execute, held, tools};
 
 /// The status of each target of a graph, inputs before what uses them.
 #[derive(Debug)]
@@ -30,6 +31,8 @@ pub struct Planned {
     pub last: Option<ActionResult>,
     /// What it needs by its own numbers, where it says so.
     pub memory: Option<Memory>,
+    /// What it would take now, by its own numbers and an earlier run's speed.
+    pub seconds: Option<f64>,
 }
 
 #[derive(Debug)]
@@ -148,8 +151,12 @@ impl Engine {
                 Status::Blocked(_) => _ = stuck.insert(&node.id),
                 Status::Stale(_) => {}
             }
+            let seconds = match (&status, needs.tflop) {
+                (Status::Stale(_), Some(tflop)) => self.seconds(node, tflop, last.as_ref()),
+                _ => None,
+            };
             let (id, step, memory) = (node.id.clone(), node.def.name, needs.memory);
-            targets.push(Planned { id, step, status, last, memory });
+            targets.push(Planned { id, step, status, last, memory, seconds });
         }
         self.finish_caches();
         Ok(Plan { targets })
@@ -176,13 +183,32 @@ impl Engine {
         Ok((status, Some(ready)))
     }
 
-    /// What is known of each target before it is built, or of models, from what was built last.
+    /// What is known of each target before it is built, or of models and datasets, from what was
+    /// built last.
     pub(crate) fn facts(&self, graph: &Graph) -> BTreeMap<TargetId, (Known, Facts)> {
-        graph.facts(&|id| {
+        graph.facts(&|id, path| {
             let tree = self.store.tree(self.last(id)?.output).ok()?;
-            let config = tree.entries().iter().find(|entry| entry.path == "config.json")?;
-            serde_json::from_slice(&self.store.blob(config.digest).ok()?).ok()
+            let file = tree.entries().iter().find(|entry| entry.path == path)?;
+            serde_json::from_slice(&self.store.blob(file.digest).ok()?).ok()
         })
+    }
+
+    /// Seconds that so many floating-point operations take by what a run took: the target's last, else
+    /// the latest of its family on this machine.
+    fn seconds(&self, node: &Node, tflop: f64, last: Option<&ActionResult>) -> Option<f64> {
+        let took = |result: &ActionResult| {
+            let done = *result.metrics.get(TFLOP)?;
+            (done > 0.0).then(|| result.provenance.wall_seconds * tflop / done)
+        };
+        if let Some(seconds) = last.and_then(took) {
+            return Some(seconds);
+        }
+        let here = execute::host();
+        let all = self.store.actions().all().ok()?.into_iter();
+        let family = |step: &str| step.split('/').next() == Some(node.family.name);
+        let like = all.filter(|result| family(&result.step) && result.provenance.host == here);
+        let timed = like.filter_map(|result| Some((result.provenance.started, took(&result)?)));
+        timed.max_by_key(|(started, _)| *started).map(|(_, seconds)| seconds)
     }
 
     /// The action of a node whose inputs are made, and its key.

@@ -94,11 +94,11 @@ impl Graph {
         self.nodes.iter().find(|n| n.id == *id)
     }
 
-    /// What is known of each node's inputs, and of itself, before it is built. `config` tells the
-    /// config.json of a model that has been made.
+    /// What is known of each node's inputs, and of itself, before it is built. `read` tells what a
+    /// file of a target's last artifact says.
     pub fn facts(
         &self,
-        config: &dyn Fn(&TargetId) -> Option<Value>,
+        read: &dyn Fn(&TargetId, &str) -> Option<Value>,
     ) -> BTreeMap<TargetId, (Known, Facts)> {
         let mut all: BTreeMap<TargetId, (Known, Facts)> = BTreeMap::new();
         for node in &self.nodes {
@@ -116,7 +116,10 @@ impl Graph {
             }
             let mut facts = (node.def.facts)(&node.params, &known);
             if facts.config.is_none() && node.kind == Kind::Model {
-                facts.config = config(&node.id);
+                facts.config = read(&node.id, "config.json");
+            }
+            if node.kind == Kind::Dataset {
+                facts.dataset = read(&node.id, "dataset.json");
             }
             all.insert(node.id.clone(), (known, facts));
         }

@@ -6,7 +6,7 @@ mod workspace;
 use std::time::Duration;
 
 use engine::gc::Keep;
-use engine::{Event, Options, Stale, Status};
+use engine::{Event, Options, Stale, Status, TargetId};
 use workspace::{RECIPE, Workspace};
 
 #[test]
@@ -183,6 +183,46 @@ fn a_rebuild_is_held_to_its_bytes() {
 }
 
 /// Recipes with one mistake each, and what a person sees.
+#[test]
+fn what_it_would_take_follows_from_an_earlier_run() {
+    let recipe = |level: u32| {
+        format!(
+            r#"
+[first]
+step = "demo/lines"
+text = "./rows.txt"
+level = {level}
+
+[next]
+step = "demo/upper"
+text = "./rows.txt"
+level = 3
+
+[other]
+step = "demo/upper"
+text = "./rows.txt"
+"#
+        )
+    };
+    let w = Workspace::new(&recipe(2));
+    let seconds = |target: &str| {
+        let engine = w.engine();
+        let plan = engine.plan(&w.graph(&engine, "r")).unwrap();
+        plan.get(&TargetId::new("r", target)).unwrap().seconds
+    };
+    assert_eq!((seconds("first"), seconds("next")), (None, None));
+    w.build("r/first").unwrap();
+    let took = w.engine().last(&TargetId::new("r", "first")).unwrap().provenance.wall_seconds;
+    assert!(took > 0.0);
+    // It is made; three take half as long again as two; nobody counts what it computes.
+    assert_eq!(seconds("first"), None);
+    assert!((seconds("next").unwrap() / took - 1.5).abs() < 1e-9);
+    assert_eq!(seconds("other"), None);
+    // The target itself with twice the work.
+    w.write("recipes/r.toml", &recipe(4));
+    assert!((seconds("first").unwrap() / took - 2.0).abs() < 1e-9);
+}
+
 #[test]
 fn mistakes_are_shown_at_their_place() {
     let cases = [

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use step::Failure;
+use step::definition::TFLOP;
 use step::worker::Job;
 
 fn main() -> ExitCode {
@@ -35,6 +36,7 @@ fn upper(job: &Job) -> anyhow::Result<()> {
 
 /// How many lines the input has: many inputs give one output, for early cut-off.
 fn lines(job: &Job) -> anyhow::Result<()> {
+    job.metric(TFLOP, job.request.params["level"].as_f64().unwrap_or(0.0));
     let count = read(job, "text")?.lines().count();
     std::fs::write(job.out().join("text.txt"), count.to_string())?;
     Ok(())

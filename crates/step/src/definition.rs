@@ -143,10 +143,17 @@ pub struct Facts {
     pub vocabulary: Option<usize>,
     /// A model's config.json.
     pub config: Option<Value>,
+    /// A dataset's dataset.json, once it has been made.
+    pub dataset: Option<Value>,
+    /// What a dataset's rows have a number for, beside what they say.
+    pub columns: Option<Vec<String>>,
 }
 
+/// The metric that tells how much a run computed, as [`Needs::tflop`] counts it.
+pub const TFLOP: &str = "tflop";
+
 /// What a step takes of the machine while it runs.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Needs {
     /// At most so many threads, and the others are free for another step; all of them, if it does
     /// not say.
@@ -154,6 +161,8 @@ pub struct Needs {
     /// Whether it computes on an accelerator where there is one: one step at a time has it.
     pub accelerator: bool,
     pub memory: Option<Memory>,
+    /// 10¹² floating-point operations that it takes. The time follows by an earlier run's.
+    pub tflop: Option<f64>,
     /// What a recipe could say instead where that is too much, each on top of those before it.
     pub savings: Vec<Saving>,
 }

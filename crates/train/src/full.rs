@@ -6,8 +6,8 @@ use serde_json::{Map, Value, json};
 use step::definition::{InputDef, Known, Needs, ParamError, Platform, Refusal, Step};
 use step::kind::Kind;
 
-use crate::memory;
 use crate::training::{over, training_step, with_shared};
+use crate::work;
 
 training_step! {
     /// How it is trained. The weights are held in float32 meanwhile, and written in BF16.
@@ -32,10 +32,11 @@ impl Step for Full {
     }
 
     fn needs(&self, inputs: &Known) -> Needs {
-        memory::needs_of_all(crate::base_config(inputs).as_ref(), &self.training())
+        work::needs_of_all(crate::base_config(inputs).as_ref(), &self.training(), inputs)
     }
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
+        crate::dataset_has_column(&self.training(), inputs)?;
         crate::base_architecture(inputs).map(drop)
     }
 }

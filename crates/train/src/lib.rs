@@ -7,6 +7,7 @@ pub mod lora;
 mod memory;
 pub mod pretrain;
 pub mod training;
+pub mod work;
 
 use std::path::Path;
 
@@ -16,6 +17,8 @@ use step::{Family, Known, Refusal, StepDef};
 pub use full::Full;
 pub use lora::Lora;
 pub use pretrain::Pretrain;
+
+use crate::training::{Order, Training};
 
 /// Logits that the loss is computed for at a time: 128 MB of them, and as much of their gradient.
 pub const LOGITS_A_TILE: usize = 1 << 25;
@@ -34,6 +37,26 @@ fn architecture_is_built(architecture: &str, built: &[&str]) -> Result<(), Refus
         what: format!("architecture {architecture}"),
         built: checkpoint::are(built),
     })
+}
+
+/// Whether the dataset, where it is known, keeps the column that rows come by.
+fn dataset_has_column(training: &Training, inputs: &Known) -> Result<(), Refusal> {
+    let Order::Column(name) = &training.order else { return Ok(()) };
+    let Some(dataset) = inputs.get("dataset").and_then(|dataset| dataset.first()) else {
+        return Ok(());
+    };
+    match &dataset.facts.columns {
+        Some(columns) if !columns.contains(name) => Err(Refusal::Wrong {
+            message: format!("`{}` keeps no column `{name}`", dataset.label),
+            hint: keep_column(name),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// What to do for rows that are to come by a column that is not there.
+pub fn keep_column(name: &str) -> String {
+    format!("give `columns = [\"{name}\"]` to the dataset, whose rows have a number for it")
 }
 
 /// The config of the model that is trained further, where it is known.

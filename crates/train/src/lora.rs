@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 
-use checkpoint::config::Architecture;
+use checkpoint::config::{Architecture, Config};
 use checkpoint::names;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -12,8 +12,8 @@ use serde_json::{Map, Value, json};
 use step::definition::{InputDef, Known, Needs, ParamError, Platform, Refusal, Step};
 use step::kind::Kind;
 
-use crate::memory;
 use crate::training::{over, training_step, with_shared};
+use crate::work;
 
 training_step! {
     /// What the adapter is, and how it is trained.
@@ -86,6 +86,23 @@ impl Lora {
             targets.insert(*layer);
         }
         Ok(targets.into_iter().collect())
+    }
+
+    /// Numbers in the matrices of an adapter for this base, none for a target that it does not have.
+    pub fn parameters(&self, base: &Config) -> usize {
+        let targets = self.targets(base.architecture).unwrap_or_default();
+        let of = |target: &str| {
+            let parts = names::linears(base.architecture).iter();
+            match parts
+                .filter(|part| names::module(part) == target)
+                .find_map(|part| names::linear_shape(base, part))
+            {
+                Some(shape) => base.num_layers * shape.iter().sum::<usize>(),
+                // The head.
+                None => base.vocab_size + base.hidden_size,
+            }
+        };
+        self.rank * targets.into_iter().map(of).sum::<usize>()
     }
 }
 
@@ -168,10 +185,11 @@ impl Step for Lora {
     }
 
     fn needs(&self, inputs: &Known) -> Needs {
-        memory::needs_of_lora(crate::base_config(inputs).as_ref(), self)
+        work::needs_of_lora(crate::base_config(inputs).as_ref(), self, inputs)
     }
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
+        crate::dataset_has_column(&self.training(), inputs)?;
         let base = crate::base_architecture(inputs)?;
         match base.map(|architecture| self.targets(architecture)).transpose() {
             Ok(_) => Ok(()),
@@ -318,6 +336,25 @@ mod tests {
             refused("mistral", "gate_up_proj").unwrap_err(),
             "`gate_up_proj` is no linear layer of mistral: set `target_modules` to one or more of \
              q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head, or `all-linear`"
+        );
+    }
+
+    #[test]
+    fn a_column_that_the_dataset_does_not_keep_is_refused_before_training() {
+        let params = resolve(json!({"order": {"column": "difficulty"}})).unwrap();
+        let supports = |columns: Option<&[&str]>| {
+            let columns = columns.map(|all| all.iter().map(ToString::to_string).collect());
+            let facts = step::Facts { columns, ..Default::default() };
+            let dataset = KnownInput { label: "rows".into(), kind: Kind::Dataset, facts };
+            let known = Known::from([("dataset".to_string(), vec![dataset])]);
+            (DEF.supports)(&params, &known).map_err(|refused| refused.to_string())
+        };
+        assert_eq!(supports(Some(&["difficulty", "length"])), Ok(()));
+        assert_eq!(supports(None), Ok(()));
+        assert_eq!(
+            supports(Some(&[])).unwrap_err(),
+            "`rows` keeps no column `difficulty`: give `columns = [\"difficulty\"]` to \
+             the dataset, whose rows have a number for it"
         );
     }
 

@@ -34,19 +34,10 @@ fn all(config: &Config, training: &Training) -> Memory {
 
 /// The base is held in what is computed in or in NF4, the adapter in float32.
 fn lora(config: &Config, lora: &Lora, bits: u8, training: &Training) -> Memory {
-    // A target that the base does not have is refused elsewhere.
-    let targets = lora.targets(config.architecture).unwrap_or_default();
-    let linears = names::linears(config.architecture);
+    let adapter = lora.parameters(config) as u64;
     let shape = |part: &str| names::linear_shape(config, part).expect("a name of the list");
-    let adapted = targets.into_iter().map(|target| {
-        match linears.iter().find(|part| names::module(part) == target) {
-            Some(part) => config.num_layers * shape(part).iter().sum::<usize>(),
-            // The head.
-            None => config.vocab_size + config.hidden_size,
-        }
-    });
-    let adapter = (lora.rank * adapted.sum::<usize>()) as u64;
-    let matrices = linears.iter().map(|part| shape(part).iter().product::<usize>());
+    let linears = names::linears(config.architecture).iter();
+    let matrices = linears.map(|part| shape(part).iter().product::<usize>());
     let [in_layers, largest] =
         [config.num_layers * matrices.clone().sum::<usize>(), matrices.max().unwrap_or(0)]
             .map(|count| count as u64);
@@ -212,10 +203,11 @@ mod tests {
         let qlora = with(&all16, "bits", json!(4));
         let checkpointed = |params: &Value| with(params, "gradient_checkpointing", json!(true));
         let less = with(&checkpointed(&large), "optimiser", json!("adamw-8bit"));
+        let packed = with(&lora(8, json!(["q_proj"]), 2048), "packing", json!("always"));
         // Peak resident megabytes of the worker, as `cargo xtask show` tells them.
         let some = lora(16, json!(["q_proj", "v_proj"]), 4096);
         for (shape, pretrained, adapters) in [
-            (&small, 218.1, vec![(with(&all(256), "dropout", json!(0.0)), 195.0)]),
+            (&small, 218.1, vec![(with(&all(256), "dropout", json!(0.0)), 195.0), (packed, 345.2)]),
             (&less, 1183.0, vec![]),
             (
                 &large,

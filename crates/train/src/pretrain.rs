@@ -7,8 +7,11 @@ use serde_json::{Map, Value, json};
 use step::definition::{Facts, InputDef, Known, Needs, ParamError, Platform, Refusal, Step};
 use step::kind::Kind;
 
-use crate::memory;
 use crate::training::{over, training_step, with_shared};
+use crate::work;
+
+/// `model_type` of what can be trained from scratch.
+const ARCHITECTURES: &[&str] = &["llama"];
 
 training_step! {
     /// The shape of the model, how it starts, how it is trained.
@@ -97,16 +100,18 @@ impl Step for Pretrain {
             architecture: Some(self.architecture.clone()),
             vocabulary,
             config: config.map(|config| config.to_json()),
+            ..Facts::default()
         }
     }
 
     fn needs(&self, inputs: &Known) -> Needs {
         let config = vocabulary(inputs).and_then(|size| self.config(size));
-        memory::needs_of_all(config.as_ref(), &self.training())
+        work::needs_of_all(config.as_ref(), &self.training(), inputs)
     }
 
-    fn supports(&self, _: &Known) -> Result<(), Refusal> {
-        crate::architecture_is_built(&self.architecture, checkpoint::EXPORTED)
+    fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
+        crate::dataset_has_column(&self.training(), inputs)?;
+        crate::architecture_is_built(&self.architecture, ARCHITECTURES)
     }
 }
 
@@ -114,7 +119,7 @@ impl Pretrain {
     /// The model's shape with a vocabulary of so many tokens, none of them special yet; `None` if
     /// the architecture is not built.
     pub fn config(&self, vocab_size: usize) -> Option<Config> {
-        let known = checkpoint::EXPORTED.contains(&self.architecture.as_str());
+        let known = ARCHITECTURES.contains(&self.architecture.as_str());
         Some(Config {
             architecture: Architecture::of(&self.architecture).filter(|_| known)?,
             hidden_size: self.hidden_size,

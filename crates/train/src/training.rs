@@ -75,7 +75,7 @@ macro_rules! training_step {
                     max_grad_norm: self.max_grad_norm,
                     prompt_weight: self.prompt_weight,
                     packing: self.packing,
-                    order: self.order,
+                    order: self.order.clone(),
                     compute: self.compute,
                     device: self.device,
                     seed: self.seed,
@@ -144,7 +144,7 @@ pub enum Schedule {
 pub enum Packing {
     /// As `never`, unless padding would be more than a fifth of all positions.
     Auto,
-    /// Rows end to end in one sequence, under a block-diagonal mask.
+    /// Rows end to end in one sequence.
     Always,
     /// Rows of like length under one another, padded to the longest.
     Never,
@@ -153,7 +153,7 @@ pub enum Packing {
 /// Which rows the first epoch begins with (Bengio et al., 2009). It goes through sixteen or more
 /// windows of rows, the easiest first, in each of which batches come by chance; so do all rows of
 /// later epochs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
     /// Any.
@@ -163,6 +163,8 @@ pub enum Order {
     /// Those of common tokens: by the mean of their tokens' inverse document frequency, a row of
     /// the training split being a document.
     Tfidf,
+    /// Those of a low number in this column, which the dataset's `columns` keep.
+    Column(String),
 }
 
 /// Which weights become the artifact.

@@ -174,6 +174,9 @@ fn a_training_that_is_asked_to_end_goes_on_from_that_step_to_the_same_bytes() {
     for name in ["kept_step", "validation_loss", "loss"] {
         assert_eq!(resumed.metric(name), whole.metric(name), "{name}");
     }
+    // An attempt tells what it computed itself: so much belongs to its time.
+    let share = resumed.metric("tflop").unwrap() / whole.metric("tflop").unwrap();
+    assert!((share - (1.0 - step / whole.metric("steps").unwrap())).abs() < 1e-9, "{share}");
 }
 
 #[test]

@@ -8,10 +8,10 @@ use std::path::Path;
 
 use adapter::peft::Peft;
 use anyhow::Context;
-use checkpoint::adapter::{self as reader, Adapter};
+use checkpoint::adapter::{self as reader, Adapter, Plain};
 use checkpoint::config::Config;
 use checkpoint::weights::{Dtype, Spec, Writer};
-use serde_json::{Value, json};
+use serde_json::Value;
 use step::worker::{Input, Job};
 use step::{Failure, Kind};
 
@@ -35,7 +35,7 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
         let path = job.out().join(name);
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    copy_legal(&files.path, job.out())?;
+    checkpoint::copy_legal(&files.path, job.out()).map_err(Failure::from)?;
     job.metric("modules", adapter.deltas.len() as f64);
     job.metric("parameters", parameters(&adapter) as f64);
     Ok(())
@@ -80,37 +80,27 @@ fn write_weights(adapter: &Adapter, path: &Path) -> Result<(), Failure> {
     Ok(writer.finish()?)
 }
 
-/// adapter_config.json. Ranks and alphas by pattern are told by full names, which no order changes.
 fn peft_config(adapter: &Adapter, base: Option<&str>) -> Value {
     let config = &adapter.config;
-    let other_ranks: BTreeMap<&str, usize> = modules(adapter)
-        .filter(|(_, delta)| delta.rank != config.r)
-        .map(|(module, delta)| (module, delta.rank))
-        .collect();
-    let other_alphas: BTreeMap<&str, Value> = modules(adapter)
-        .filter(|(_, delta)| delta.alpha != config.lora_alpha)
-        .map(|(module, delta)| (module, whole(delta.alpha)))
-        .collect();
-    json!({
-        "alpha_pattern": other_alphas,
-        "base_model_name_or_path": base,
-        "bias": "none",
-        "fan_in_fan_out": false,
-        "inference_mode": true,
-        "init_lora_weights": true,
-        "lora_alpha": whole(config.lora_alpha),
-        "lora_dropout": config.lora_dropout,
-        "modules_to_save": null,
-        "peft_type": "LORA",
-        "peft_version": "0.21.0",
-        "r": config.r,
-        "rank_pattern": other_ranks,
-        "revision": base.and(config.revision.as_deref()),
-        "target_modules": adapter.targets(),
-        "task_type": "CAUSAL_LM",
-        "use_dora": false,
-        "use_rslora": config.use_rslora,
-    })
+    let targets = adapter.targets();
+    Plain {
+        rank: config.r,
+        alpha: config.lora_alpha,
+        rslora: config.use_rslora,
+        dropout: config.lora_dropout,
+        targets: &targets.iter().map(String::as_str).collect::<Vec<_>>(),
+        base,
+        revision: base.and(config.revision.as_deref()),
+        other_ranks: modules(adapter)
+            .map(|(module, delta)| (module, delta.rank))
+            .filter(|(_, rank)| *rank != config.r)
+            .collect(),
+        other_alphas: modules(adapter)
+            .map(|(module, delta)| (module, delta.alpha))
+            .filter(|(_, alpha)| *alpha != config.lora_alpha)
+            .collect(),
+    }
+    .to_json()
 }
 
 /// Whether a base's name is that of a repository: a path of the machine that trained helps nobody.
@@ -153,27 +143,11 @@ fn card(adapter: &Adapter, base: Option<&str>, licence: Option<String>) -> Strin
     out
 }
 
-fn copy_legal(from: &Path, to: &Path) -> anyhow::Result<()> {
-    for entry in std::fs::read_dir(from)? {
-        let name = entry?.file_name();
-        let text = name.to_string_lossy();
-        if ["LICENSE", "NOTICE", "USE_POLICY"].iter().any(|start| text.starts_with(start)) {
-            // Not `fs::copy`: it would carry a store's read-only mode along.
-            std::fs::write(to.join(&name), std::fs::read(from.join(&name))?)?;
-        }
-    }
-    Ok(())
-}
-
-/// PEFT writes an alpha of 32 as `32`.
-fn whole(x: f64) -> Value {
-    if x.fract() == 0.0 && x.abs() < 1e9 { json!(x as i64) } else { json!(x) }
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
 
+    use serde_json::json;
     use step::worker::{Mode, Request};
 
     use super::*;

@@ -26,7 +26,7 @@ pub fn run(job: &Job) -> Result<()> {
     let dir = &job.input("tokenizer")?.path;
     let tokenizer = Tokenizer::from_dir(dir).map_err(Failure::from)?;
 
-    let lines = parse::read(job.inputs("examples"), params.format)?;
+    let lines = parse::read(job.inputs("examples"), params.format, &params.columns)?;
     let mut counts = Counts { read: lines.len(), ..Counts::default() };
     let (rows, broken) = parse::sound(lines, params.on_broken)?;
     counts.broken = broken.len();
@@ -184,7 +184,7 @@ impl Rendering {
     /// Each token with whether it is learned. What follows the last learned token is cut off:
     /// nothing reads it.
     fn tokens(&self, tokenizer: &Tokenizer, dealt: &Dealt) -> Result<Tokens> {
-        let Placed { place, row } = &dealt.from;
+        let Placed { place, row, .. } = &dealt.from;
         let mut tokens = match (row, &self.template) {
             (Row::Messages(messages), Some(template)) => {
                 let rendered = template
@@ -223,7 +223,7 @@ fn write(
         let mut lines = String::new();
         let mut tokenised = Tokenised::default();
         for (row, tokens) in kept.iter().filter(|(row, _)| (low..high).contains(&row.place)) {
-            lines += &row.from.row.to_json();
+            lines += &row.from.to_json();
             lines.push('\n');
             tokenised.push(tokens);
         }
@@ -310,6 +310,7 @@ mod tests {
     use step::worker::{Input, Mode, Request};
 
     use super::*;
+    use crate::parse::Columns;
 
     const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
@@ -454,6 +455,38 @@ mod tests {
     }
 
     #[test]
+    fn columns_are_kept_beside_what_a_row_says() {
+        let room = Room::new();
+        room.tokenizer("tokenizer");
+        let rows = [
+            json!({"prompt": "at 5", "completion": "0 5", "difficulty": 2.5, "source": "x"}),
+            json!({"text": "at 6", "difficulty": 3}),
+            json!({"text": "at 7", "difficulty": "hard"}),
+            json!({"text": "at 8"}),
+        ];
+        let rows = rows.map(|row| row.to_string()).join("\n");
+        std::fs::write(room.root.join("rows/rows.jsonl"), rows).unwrap();
+        let params = json!({"columns": ["difficulty"]});
+        assert_eq!(
+            room.dataset(params, "out").unwrap_err(),
+            "./rows.jsonl:3: `difficulty` is text, expected a number (and 1 more)"
+        );
+        let params = json!({"columns": ["difficulty"], "on_broken": "skip"});
+        room.dataset(params, "out").unwrap();
+        assert_eq!(
+            room.read("out/train.jsonl"),
+            r#"{"messages":[{"role":"user","content":"at 5"},{"role":"assistant","content":"0 5"}],"difficulty":2.5}
+{"text":"at 6","difficulty":3}
+"#
+        );
+        let report: Value = serde_json::from_str(&room.read("out-report/report.json")).unwrap();
+        assert_eq!(
+            report["broken"][1],
+            "./rows.jsonl:4: no `difficulty`, a column that is to be kept"
+        );
+    }
+
+    #[test]
     fn the_same_rows_give_the_same_bytes() {
         let room = Room::new();
         for n in ["", "-again"] {
@@ -474,7 +507,11 @@ mod tests {
 
     #[test]
     fn a_row_keeps_its_split_when_others_come_or_go() {
-        let row = |n: usize| Placed { place: String::new(), row: Row::Text(format!("row {n}")) };
+        let row = |n: usize| Placed {
+            place: String::new(),
+            row: Row::Text(format!("row {n}")),
+            columns: Columns::new(),
+        };
         let places: Vec<f64> = (0..1000).map(|n| deal(row(n), 42).place).collect();
         assert!(places.iter().all(|place| (0.0..1.0).contains(place)));
         let test = places.iter().filter(|place| **place >= 0.9).count();

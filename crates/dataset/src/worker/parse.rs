@@ -2,13 +2,15 @@
 //!
 //! Knows nothing of tokens. Errors name file and line, as people's editors count them.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use checkpoint::chat::Message;
 use dataset::rows::{Format, OnBroken};
+use serde::ser::{SerializeMap, Serializer};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Number, Value};
 use step::Failure;
 use step::worker::Input;
 
@@ -21,21 +23,26 @@ pub enum Row {
 }
 
 impl Row {
-    /// As it stands in `<split>.jsonl`.
+    /// What it says, which decides whether another row is the same.
     pub fn to_json(&self) -> String {
         serde_json::to_string(self).expect("rows serialise to JSON")
     }
 }
 
+/// Numbers beside what a row says, by the names of their columns.
+pub type Columns = BTreeMap<String, Number>;
+
 /// A row and where it came from, or what is wrong with a line.
 pub struct Line {
     /// `schedules.jsonl:12`.
     pub place: String,
-    pub row: Result<Row, String>,
+    pub row: Result<(Row, Columns), String>,
 }
 
 /// Every line of every file, in the order of labels and paths. Blank lines are no rows.
-pub fn read(inputs: &[Input], format: Format) -> Result<Vec<Line>> {
+pub fn read(inputs: &[Input], format: Format, columns: &[String]) -> Result<Vec<Line>> {
+    let parse = |value: &Value| Ok((row(value, format)?, numbers(value, columns)?));
+
     let mut lines = Vec::new();
     // The order of a list is no part of an action, so nothing may depend on it.
     let mut inputs: Vec<&Input> = inputs.iter().collect();
@@ -46,8 +53,8 @@ pub fn read(inputs: &[Input], format: Format) -> Result<Vec<Line>> {
                 std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
             let name = shown(input, &path);
             match text.trim_ascii_start().starts_with(b"[") {
-                true => lines.extend(array(&text, &name, format)?),
-                false => lines.extend(json_lines(&text, &name, format)),
+                true => lines.extend(array(&text, &name, parse)?),
+                false => lines.extend(json_lines(&text, &name, parse)),
             }
         }
     }
@@ -58,6 +65,26 @@ pub fn read(inputs: &[Input], format: Format) -> Result<Vec<Line>> {
 pub struct Placed {
     pub place: String,
     pub row: Row,
+    pub columns: Columns,
+}
+
+impl Placed {
+    /// As it stands in `<split>.jsonl`.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).expect("rows serialise to JSON")
+    }
+}
+
+impl Serialize for Placed {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        match &self.row {
+            Row::Messages(turns) => map.serialize_entry("messages", turns)?,
+            Row::Text(text) => map.serialize_entry("text", text)?,
+        }
+        self.columns.iter().try_for_each(|(name, number)| map.serialize_entry(name, number))?;
+        map.end()
+    }
 }
 
 /// The rows, and the lines that are none; the latter only if the recipe says so.
@@ -65,7 +92,7 @@ pub fn sound(lines: Vec<Line>, on_broken: OnBroken) -> Result<(Vec<Placed>, Vec<
     let (mut rows, mut broken) = (Vec::new(), Vec::new());
     for line in lines {
         match line.row {
-            Ok(row) => rows.push(Placed { place: line.place, row }),
+            Ok((row, columns)) => rows.push(Placed { place: line.place, row, columns }),
             Err(what) => broken.push(format!("{}: {what}", line.place)),
         }
     }
@@ -83,7 +110,9 @@ pub fn sound(lines: Vec<Line>, on_broken: OnBroken) -> Result<(Vec<Placed>, Vec<
     Ok((rows, broken))
 }
 
-fn json_lines(text: &[u8], name: &str, format: Format) -> Vec<Line> {
+type Parsed = Result<(Row, Columns), String>;
+
+fn json_lines(text: &[u8], name: &str, parse: impl Fn(&Value) -> Parsed) -> Vec<Line> {
     let lines = text.split(|&b| b == b'\n').enumerate();
     lines
         .filter(|(_, line)| !line.trim_ascii().is_empty())
@@ -91,7 +120,7 @@ fn json_lines(text: &[u8], name: &str, format: Format) -> Vec<Line> {
             place: format!("{name}:{}", n + 1),
             row: serde_json::from_slice(line)
                 .map_err(|e| format!("no valid JSON: {}", place_in_line(&e)))
-                .and_then(|value| row(&value, format)),
+                .and_then(|value| parse(&value)),
         })
         .collect()
 }
@@ -104,12 +133,12 @@ fn place_in_line(error: &serde_json::Error) -> String {
 }
 
 /// A whole file that is one JSON array, as many datasets are published.
-fn array(text: &[u8], name: &str, format: Format) -> Result<Vec<Line>> {
+fn array(text: &[u8], name: &str, parse: impl Fn(&Value) -> Parsed) -> Result<Vec<Line>> {
     let rows: Vec<Value> = serde_json::from_slice(text)
         .map_err(|e| Failure::input(format!("{name}: no valid JSON array: {e}")))?;
     let rows = rows.iter().enumerate();
     Ok(rows
-        .map(|(n, value)| Line { place: format!("{name}: element {n}"), row: row(value, format) })
+        .map(|(n, value)| Line { place: format!("{name}: element {n}"), row: parse(value) })
         .collect())
 }
 
@@ -207,6 +236,16 @@ fn row(value: &Value, format: Format) -> Result<Row, String> {
             Ok(Row::Messages(turns))
         }
     }
+}
+
+/// The numbers of a row that its dataset is to keep.
+fn numbers(value: &Value, columns: &[String]) -> Result<Columns, String> {
+    let number = |name: &String| match value.get(name) {
+        Some(Value::Number(number)) => Ok((name.clone(), number.clone())),
+        Some(other) => Err(format!("`{name}` is {}, expected a number", kind(other))),
+        None => Err(format!("no `{name}`, a column that is to be kept")),
+    };
+    columns.iter().map(number).collect()
 }
 
 fn turns(list: Option<&Value>, key: &str, role: &str, content: &str) -> Result<Row, String> {
@@ -307,12 +346,12 @@ mod tests {
 
     #[test]
     fn lines_are_counted_as_editors_count_them() {
-        let lines = json_lines(b"{\"text\":\"a\"}\n\n{\"text\":\n", "x.jsonl", Format::Auto);
+        let lines = json_lines(b"{\"text\":\"a\"}\n\n{\"text\":\n", "x.jsonl", |value| {
+            Ok((row(value, Format::Auto)?, Columns::new()))
+        });
         let said: Vec<String> = lines
-            .iter()
-            .map(|l| {
-                format!("{} {}", l.place, l.row.as_ref().map_or_else(String::clone, Row::to_json))
-            })
+            .into_iter()
+            .map(|l| format!("{} {}", l.place, l.row.map_or_else(|e| e, |(row, _)| row.to_json())))
             .collect();
         assert_eq!(
             said,

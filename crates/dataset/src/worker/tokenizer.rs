@@ -30,10 +30,10 @@ pub fn run(job: &Job) -> Result<()> {
         .map_err(Failure::from)?;
 
     let (mut rows, broken) =
-        parse::sound(parse::read(job.inputs("examples"), params.format)?, params.on_broken)?;
+        parse::sound(parse::read(job.inputs("examples"), params.format, &[])?, params.on_broken)?;
     rows.truncate(params.max_rows.map_or(usize::MAX, |n| n as usize));
     let mut texts = Vec::new();
-    for Placed { place, row } in &rows {
+    for Placed { place, row, .. } in &rows {
         let text = match row {
             Row::Text(text) => text.clone(),
             Row::Messages(messages) => template

@@ -27,7 +27,8 @@ macro_rules! demo_step {
             const OUTPUT: Kind = Kind::Files;
 
             fn needs(&self, _: &Known) -> Needs {
-                Needs { threads: $threads, ..Needs::default() }
+                let tflop = (self.level > 0).then_some(f64::from(self.level));
+                Needs { threads: $threads, tflop, ..Needs::default() }
             }
         }
     };

@@ -103,8 +103,8 @@ impl<'a> Split<'a> {
 }
 
 fn row(line: &str) -> Result<Row, String> {
+    // Other keys are columns.
     #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
     struct Line {
         messages: Option<Vec<Message>>,
         text: Option<String>,

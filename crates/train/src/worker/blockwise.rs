@@ -90,20 +90,12 @@ unsafe extern "C" {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashMap;
-
     use super::*;
-
-    /// What `golden/blockwise.py` wrote down.
-    fn golden() -> HashMap<String, Tensor> {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/worker/golden");
-        let file = folder.join("blockwise.safetensors");
-        Tensor::read_safetensors(file).unwrap().into_iter().collect()
-    }
+    use crate::tensor::golden;
 
     #[test]
     fn nf4_is_that_of_bitsandbytes_byte_for_byte() {
-        let golden = golden();
+        let golden = golden("blockwise");
         for case in ["many", "outliers", "zeros", "uneven"] {
             let of = |part: &str| &golden[&format!("{case}.{part}")];
             let ours = Nf4::quantise(of("weight"), Device::Cpu).unwrap();

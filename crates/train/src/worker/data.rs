@@ -2,22 +2,25 @@
 //!
 //! Knows nothing of what a model does with them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
+use serde_json::Value;
 use step::Failure;
 use step::worker::{Input, Job};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 use train::training::Order;
+use train::work::Split;
 
-use crate::decoder::{Batch, Packed};
+use crate::decoder::{Batch, Packed, Run};
 
 /// The splits that training reads.
 pub struct Dataset {
     pub train: Rows,
     pub validation: Option<Rows>,
+    folder: PathBuf,
 }
 
 impl Dataset {
@@ -40,7 +43,41 @@ impl Dataset {
             Failure::input(format!("{} has no rows to train on", input.origin))
                 .hint("give its `split` a share for `train`")
         })?;
-        Ok(Self { train, validation: open("validation")? })
+        Ok(Self { train, validation: open("validation")?, folder: input.path.clone() })
+    }
+
+    /// How hard each row to train on is, where rows come by that.
+    pub fn difficulty(&self, order: &Order) -> Result<Option<Vec<f64>>> {
+        Ok(match order {
+            Order::Random => None,
+            Order::Length => Some(self.train.lengths().into_iter().map(|n| n as f64).collect()),
+            Order::Tfidf => Some(self.train.rarity()),
+            Order::Column(name) => Some(self.column(name)?),
+        })
+    }
+
+    /// What train.jsonl has under this name, a number in each line.
+    fn column(&self, name: &str) -> Result<Vec<f64>> {
+        let path = self.folder.join("train.jsonl");
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        let numbers = text.lines().enumerate().map(|(n, line)| {
+            let row: Option<Value> = serde_json::from_str(line).ok();
+            row.and_then(|row| row.get(name)?.as_f64()).ok_or_else(|| {
+                let place = &self.train.place;
+                Failure::input(format!("row {} of {place} has no number `{name}`", n + 1))
+                    .hint(train::keep_column(name))
+            })
+        });
+        let numbers: Vec<f64> = numbers.collect::<Result<_, _>>()?;
+        anyhow::ensure!(
+            numbers.len() == self.train.len(),
+            "{} has {} rows, and as tokens there are {}",
+            path.display(),
+            numbers.len(),
+            self.train.len()
+        );
+        Ok(numbers)
     }
 }
 
@@ -173,15 +210,6 @@ impl Rows {
         (0..self.len()).map(|i| self.row(i).positions()).collect()
     }
 
-    /// How hard each row is, where rows come by that.
-    pub fn difficulty(&self, order: Order) -> Option<Vec<f64>> {
-        match order {
-            Order::Random => None,
-            Order::Length => Some(self.lengths().into_iter().map(|n| n as f64).collect()),
-            Order::Tfidf => Some(self.rarity()),
-        }
-    }
-
     /// The mean over each row's tokens of ln(rows / rows that have the token): a token's weight in
     /// tf–idf (Spärck Jones, 1972), summed over the row.
     fn rarity(&self) -> Vec<f64> {
@@ -202,6 +230,14 @@ impl Rows {
         (0..self.len()).map(|row| self.row(row).ids).map(|ids| of(ids) / ids.len() as f64).collect()
     }
 
+    /// As dataset.json tells of them.
+    pub fn split(&self) -> Split {
+        let supervised = self.supervised.iter().filter(|mark| **mark == 1).count();
+        let [rows, tokens, supervised] =
+            [self.len(), self.ids.len(), supervised].map(|count| count as u64);
+        Split { rows, tokens, supervised }
+    }
+
     /// What the targets of `rows` count together.
     pub fn weight(&self, rows: &[u32], prompt_weight: f64) -> f64 {
         let targets = rows.iter().flat_map(|row| &self.row(*row as usize).supervised[1..]);
@@ -217,7 +253,11 @@ impl Rows {
     ///
     /// Padding comes after a row's tokens, so no position that counts attends to it.
     pub fn batch(&self, rows: &[u32], packed: bool, prompt_weight: f64, device: Device) -> Batch {
-        let rows: Vec<Row> = rows.iter().map(|row| self.row(*row as usize)).collect();
+        let mut rows: Vec<Row> = rows.iter().map(|row| self.row(*row as usize)).collect();
+        if packed {
+            // Those of one length attend together.
+            rows.sort_by_key(Row::positions);
+        }
         let length = match packed {
             true => rows.iter().map(Row::positions).sum(),
             false => rows.iter().map(Row::positions).max().unwrap_or(0),
@@ -246,7 +286,7 @@ impl Rows {
             lengths: Tensor::from_slice(&lengths)
                 .view([height as i64, length as i64])
                 .to_device(device),
-            packed: packed.then(|| blocks(&rows, device)),
+            packed: packed.then(|| end_to_end(&rows, device)),
             predicting: Tensor::from_slice(&predicting).to_device(device),
             targets: Tensor::from_slice(&targets).to_device(device),
             weights: Tensor::from_slice(&weights).to_device(device),
@@ -265,19 +305,12 @@ fn weight_of(mark: u8, prompt_weight: f64) -> f64 {
     if mark == 1 { 1.0 } else { prompt_weight }
 }
 
-/// Each row sees itself alone, and counts its positions from 0.
-fn blocks(rows: &[Row], device: Device) -> Packed {
+/// Rows by their length: each counts its positions from 0.
+fn end_to_end(rows: &[Row], device: Device) -> Packed {
     let positions: Vec<i64> = rows.iter().flat_map(|row| 0..row.positions() as i64).collect();
-    let owner = rows.iter().enumerate();
-    let owner: Vec<i64> =
-        owner.flat_map(|(i, row)| std::iter::repeat_n(i as i64, row.positions())).collect();
-    let owner = Tensor::from_slice(&owner).to_device(device);
-    let same = owner.unsqueeze(1).eq_tensor(&owner.unsqueeze(0));
-    let length = positions.len() as i64;
-    Packed {
-        positions: Tensor::from_slice(&positions).to_device(device),
-        mask: same.tril(0).view([1, 1, length, length]).to_kind(Kind::Bool),
-    }
+    let same = rows.chunk_by(|a, b| a.positions() == b.positions());
+    let runs = same.map(|rows| Run { rows: rows.len() as i64, length: rows[0].positions() as i64 });
+    Packed { positions: Tensor::from_slice(&positions).to_device(device), runs: runs.collect() }
 }
 
 #[cfg(test)]
@@ -285,16 +318,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_of_common_tokens_are_easy() {
+    fn rows_are_as_hard_as_their_order_says() {
         // Token 0 is in every row, 1 in two, 2 and 3 in one.
         let ids = vec![0, 1, 0, 0, 1, 2, 0, 3, 3];
         let rows = Rows::new("rows".into(), ids, vec![1; 9], vec![0, 3, 6, 9]).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let lines = "{\"text\":\"a\",\"level\":2.5}\n{\"level\":-1}\n{\"level\":3,\"late\":1}\n";
+        std::fs::write(folder.path().join("train.jsonl"), lines).unwrap();
+        let data = Dataset { train: rows, validation: None, folder: folder.path().into() };
+        let difficulty = |order| data.difficulty(&order).unwrap();
         let (two, one) = (1.5_f64.ln(), 3.0_f64.ln());
         let expected = [two / 3.0, (two + one) / 3.0, 2.0 * one / 3.0];
-        for (found, expected) in rows.difficulty(Order::Tfidf).unwrap().iter().zip(expected) {
+        for (found, expected) in difficulty(Order::Tfidf).unwrap().iter().zip(expected) {
             assert!((found / 1e6 - expected).abs() < 1e-6, "{found} {expected}");
         }
-        assert_eq!(rows.difficulty(Order::Length), Some(vec![2.0; 3]));
-        assert_eq!(rows.difficulty(Order::Random), None);
+        assert_eq!(difficulty(Order::Length), Some(vec![2.0; 3]));
+        assert_eq!(difficulty(Order::Random), None);
+        assert_eq!(difficulty(Order::Column("level".into())), Some(vec![2.5, -1.0, 3.0]));
+        let error = data.difficulty(&Order::Column("late".into())).unwrap_err();
+        let failure = error.downcast::<Failure>().unwrap();
+        assert_eq!(failure.message, "row 1 of rows has no number `late`");
+        let hint = "give `columns = [\"late\"]` to the dataset, whose rows have a number for it";
+        assert_eq!(failure.hint.as_deref(), Some(hint));
     }
 }

@@ -10,10 +10,11 @@
 //! size, R dimensions of a head that its position turns, V vocabulary, N positions that predict
 //! something.
 
+use std::collections::BTreeMap;
 use std::slice::{from_mut, from_ref};
 
 use anyhow::Result;
-use checkpoint::config::{Architecture, Config, Llama3, RopeScaling};
+use checkpoint::config::{Architecture, Config};
 use checkpoint::names;
 use tch::{Device, Kind, Reduction, Tensor};
 use train::LOGITS_A_TILE;
@@ -28,7 +29,7 @@ pub struct Batch {
     pub ids: Tensor,
     /// [B, T], int64: of how many tokens the row is that each position is in.
     pub lengths: Tensor,
-    /// Of rows that are packed end to end; without it rows start at 0 and attend causally.
+    /// Of rows that are packed end to end; without it rows lie under one another.
     pub packed: Option<Packed>,
     /// [N], int64: which of the B·T positions predict.
     pub predicting: Tensor,
@@ -42,8 +43,15 @@ pub struct Batch {
 pub struct Packed {
     /// [T], int64: the position of each token in its own row.
     pub positions: Tensor,
-    /// [1, 1, T, T], bool: true where a query may see a key, block-diagonal and causal.
-    pub mask: Tensor,
+    /// Which rows they are, from the first to the last.
+    pub runs: Vec<Run>,
+}
+
+/// Rows of one length, one after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    pub rows: i64,
+    pub length: i64,
 }
 
 pub struct Decoder {
@@ -69,7 +77,7 @@ impl Decoder {
         compute: Kind,
         mut weight: impl FnMut(&str, &[usize]) -> Result<W>,
     ) -> Result<Self> {
-        let mut weights = std::collections::BTreeMap::new();
+        let mut weights = BTreeMap::new();
         for (name, shape) in names::expected(&config) {
             weights.insert(name.clone(), weight(&name, &shape)?.into());
         }
@@ -165,7 +173,7 @@ impl Decoder {
         let layer = &self.layers[i];
         let near = places.near.as_ref().filter(|_| layer.window.is_some());
         let rotary = near.unwrap_or(&places.rotary);
-        layer.forward(x, &self.config, self.compute, rotary, &places.masks, dropout.is_some())
+        layer.forward(x, &self.config, self.compute, rotary, &places.sight, dropout.is_some())
     }
 
     /// The loss of what comes out of the last layer.
@@ -183,7 +191,7 @@ impl Decoder {
 
     /// The weights by their names in a checkpoint, in the order of [`names::expected`].
     pub fn weights(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut all = std::collections::BTreeMap::new();
+        let mut all = BTreeMap::new();
         all.insert(names::EMBED.to_string(), self.embedding.shallow_clone());
         all.insert(names::NORM.to_string(), self.norm.weight.shallow_clone());
         for (i, layer) in self.layers.iter().enumerate() {
@@ -282,10 +290,9 @@ impl Layer {
         config: &Config,
         compute: Kind,
         rotary: &Rotary,
-        masks: &Masks,
+        sight: &Sight,
         dropout: bool,
     ) -> Tensor {
-        let (h, g) = (config.num_heads as i64, config.num_kv_heads as i64);
         let d = config.head_dim as i64;
         let gemma = config.architecture == Architecture::Gemma3;
         // Gemma's norms stand before and after; the others' before only.
@@ -306,13 +313,10 @@ impl Layer {
             None => [None, None],
         };
         let (q, k, v) = (turned(q, q_norm), turned(k, k_norm), rotary.heads(&v, d));
-        let mask = masks.of(self.window);
-        let causal = mask.is_none();
         // Libtorch's own where it is the same: it need not be the same bits.
         let own = config.query_scale == config.head_dim;
         let scale = (!own).then(|| (config.query_scale as f64).powf(-0.5));
-        let y = Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, causal, scale, h != g);
-        let y = y.transpose(1, 2).reshape([-1, h * d]);
+        let y = sight.attend([q, k, v], self.window, scale);
         let x = x + after(self.o.forward(&y, dropout), 1);
 
         let y = self.norms[if gemma { 2 } else { 1 }].forward(&x, compute);
@@ -374,7 +378,7 @@ struct Places {
     rotary: Rotary,
     /// Of layers with a window, where theirs is another one.
     near: Option<Rotary>,
-    masks: Masks,
+    sight: Sight,
 }
 
 impl Places {
@@ -382,39 +386,64 @@ impl Places {
         Self {
             rotary: model.frequencies.of(batch, model.compute),
             near: model.frequencies_near.as_ref().map(|near| near.of(batch, model.compute)),
-            masks: Masks::new(&model.config.windows, batch),
+            sight: Sight::new(&model.config.windows, batch),
         }
     }
 }
 
-/// Which keys a query may see, where that is not simply all before it.
-struct Masks {
-    /// [1, 1, T, T], bool, of packed rows.
-    packed: Option<Tensor>,
-    /// The same within a window of so many positions.
-    windows: Vec<(usize, Tensor)>,
+/// Which keys a query may see: those before it in its own row, of a layer with a window the
+/// nearest.
+struct Sight {
+    /// Of packed rows.
+    runs: Option<Vec<Run>>,
+    /// [t, t], bool, by a window and the length t of rows that are longer.
+    near: BTreeMap<(usize, i64), Tensor>,
 }
 
-impl Masks {
+impl Sight {
     fn new(windows: &[Option<usize>], batch: &Batch) -> Self {
-        let t = batch.ids.size()[1];
-        let packed = batch.packed.as_ref().map(|packed| packed.mask.shallow_clone());
-        let mut all: Vec<(usize, Tensor)> = Vec::new();
-        for window in windows.iter().flatten().copied().filter(|window| (*window as i64) < t) {
-            if all.iter().all(|(known, _)| *known != window) {
-                let ones = Tensor::ones([1, 1, t, t], (Kind::Bool, batch.ids.device()));
-                let causal = packed.as_ref().map_or_else(|| ones.tril(0), Tensor::shallow_clone);
-                let near = ones.triu(1 - window as i64);
-                all.push((window, causal.logical_and(&near)));
+        let runs = batch.packed.as_ref().map(|packed| packed.runs.clone());
+        let lengths = match &runs {
+            Some(runs) => runs.iter().map(|run| run.length).collect(),
+            None => vec![batch.ids.size()[1]],
+        };
+        let mut near = BTreeMap::new();
+        for window in windows.iter().flatten().copied() {
+            for length in lengths.iter().copied().filter(|length| (window as i64) < *length) {
+                near.entry((window, length)).or_insert_with(|| {
+                    let ones = Tensor::ones([length, length], (Kind::Bool, batch.ids.device()));
+                    ones.tril(0).logical_and(&ones.triu(1 - window as i64))
+                });
             }
         }
-        Self { packed, windows: all }
+        Self { runs, near }
     }
 
-    /// For a layer with this window.
-    fn of(&self, window: Option<usize>) -> Option<&Tensor> {
-        let near = self.windows.iter().find(|(known, _)| Some(*known) == window);
-        near.map(|(_, mask)| mask).or(self.packed.as_ref())
+    /// [B, n, T, D], with H heads of queries → [B·T, H·D]
+    ///
+    /// Packed rows attend alone, those of one length in one call: a mask over all of them would take
+    /// T² of time and of memory. On CUDA, rows of many lengths are as many launches; its kernel for
+    /// rows of any length is not used.
+    fn attend(&self, qkv: [Tensor; 3], window: Option<usize>, scale: Option<f64>) -> Tensor {
+        let Some(runs) = &self.runs else { return self.rows(&qkv, window, scale) };
+        let sizes: Vec<i64> = runs.iter().map(|run| run.rows * run.length).collect();
+        // [n, rows·length, D] each. Not by `narrow`, whose gradient is as long as all of them.
+        let parts = qkv.map(|x| x.squeeze_dim(0).split_with_sizes(&sizes, 1));
+        let rows = runs.iter().enumerate().map(|(i, run)| {
+            let under_one_another =
+                |x: &Vec<Tensor>| x[i].unflatten(1, [run.rows, run.length]).transpose(0, 1);
+            self.rows(&parts.each_ref().map(under_one_another), window, scale)
+        });
+        Tensor::cat(&rows.collect::<Vec<_>>(), 0)
+    }
+
+    /// The same of rows under one another.
+    fn rows(&self, [q, k, v]: &[Tensor; 3], window: Option<usize>, scale: Option<f64>) -> Tensor {
+        let (heads, length, size) = (q.size()[1], q.size()[2], q.size()[3]);
+        let near = window.and_then(|window| self.near.get(&(window, length)));
+        let (causal, grouped) = (near.is_none(), heads != k.size()[1]);
+        let y = Tensor::scaled_dot_product_attention(q, k, v, near, 0.0, causal, scale, grouped);
+        y.transpose(1, 2).reshape([-1, heads * size])
     }
 }
 
@@ -448,19 +477,6 @@ impl Norm {
     }
 }
 
-/// Llama 3.1's frequencies: long waves are stretched by a factor, short ones are not, and those in
-/// between are blended (transformers, modeling_rope_utils.py).
-fn stretched(frequencies: &Tensor, scaling: &Llama3) -> Tensor {
-    let Llama3 { factor, low_freq_factor: low, high_freq_factor: high, .. } = *scaling;
-    let waves = frequencies.reciprocal() * (2.0 * std::f64::consts::PI);
-    let original = scaling.original_max_positions;
-    let long = frequencies / factor;
-    let smooth = (waves.reciprocal() * original - low) / (high - low);
-    let blended = (1.0 - &smooth) * &long + &smooth * frequencies;
-    let kept = frequencies.where_self(&waves.lt(original / high), &blended);
-    long.where_self(&waves.gt(original / low), &kept)
-}
-
 /// How fast the pairs of a head turn from one position to the next.
 struct Frequencies {
     /// [R/2]
@@ -475,25 +491,14 @@ struct Frequencies {
 
 impl Frequencies {
     fn new(config: &Config, theta: f64, device: Device) -> Self {
-        let r = config.rotary_dim as i64;
-        let exponents = Tensor::arange_start_step(0, r, 2, (Kind::Int64, device));
-        let exponents = exponents.to_kind(Kind::Float) / r as f64;
-        let wavelengths = Tensor::pow_scalar(theta, &exponents);
-        let (every, short, factor) = match &config.rope_scaling {
-            None => (wavelengths.reciprocal(), None, 1.0),
-            Some(RopeScaling::Llama3(scaling)) => {
-                (stretched(&wavelengths.reciprocal(), scaling), None, 1.0)
-            }
-            Some(RopeScaling::LongRope(scaling)) => {
-                let [near, far] = [&scaling.short_factor, &scaling.long_factor].map(|factors| {
-                    let factors = Tensor::from_slice(factors).to_kind(Kind::Float);
-                    (factors.to_device(device) * &wavelengths).reciprocal()
-                });
-                let short = (near, scaling.original_max_positions as i64);
-                (far, Some(short), scaling.attention_factor)
-            }
-        };
-        Self { every, short, factor, head_dim: config.head_dim as i64 }
+        let rotary = config.rotary(theta);
+        let tensor = |all: &[f32]| Tensor::from_slice(all).to_device(device);
+        Self {
+            every: tensor(&rotary.frequencies),
+            short: rotary.short.map(|(short, most)| (tensor(&short), most as i64)),
+            factor: f64::from(rotary.factor),
+            head_dim: config.head_dim as i64,
+        }
     }
 
     /// Of the positions of a batch.

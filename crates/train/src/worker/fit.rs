@@ -54,6 +54,8 @@ pub struct Outcome {
     pub kept: Option<usize>,
     pub steps: usize,
     pub tokens: u64,
+    /// Of the steps, that this attempt made: it may have gone on from a checkpoint.
+    pub share: f64,
 }
 
 /// How often a checkpoint is written where `checkpoint_every` does not say.
@@ -78,7 +80,7 @@ pub fn fit(
         .hint("give the dataset's `split` a share for `validation`, or set `keep = \"last\"`")
         .into());
     }
-    let difficulty = data.train.difficulty(training.order);
+    let difficulty = data.difficulty(&training.order)?;
     let plan = Plan::new(&data.train.lengths(), difficulty.as_deref(), training);
     let steps = plan.steps.len();
     let warmup = warmup_steps(training, steps);
@@ -195,6 +197,7 @@ pub fn fit(
         kept,
         steps,
         tokens,
+        share: (steps - done) as f64 / steps as f64,
     };
     job.metric("loss", outcome.loss);
     if let Some(loss) = outcome.validation_loss {

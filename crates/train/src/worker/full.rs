@@ -7,9 +7,10 @@ use checkpoint::config::Config;
 use checkpoint::names;
 use checkpoint::weights::{Dtype, Weights};
 use step::Failure;
+use step::definition::TFLOP;
 use step::worker::Job;
 use tch::Kind;
-use train::Full;
+use train::{Full, work};
 
 use crate::data::Dataset;
 use crate::decoder::Decoder;
@@ -38,7 +39,8 @@ pub fn run(job: &Job) -> Result<()> {
         name,
         tensor,
     });
-    fit(job, &training, &model, trainables.collect(), &data, place.device)?;
+    let outcome = fit(job, &training, &model, trainables.collect(), &data, place.device)?;
+    job.metric(TFLOP, outcome.share * work::of_all(&model.config, &training, data.train.split()));
 
     checkpoint::copy_companions(&base.path, job.out()).map_err(Failure::from)?;
     checkpoint::copy_config(&base.path, job.out(), "bfloat16", |_| ()).map_err(Failure::from)?;

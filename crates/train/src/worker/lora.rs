@@ -7,15 +7,16 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use checkpoint::adapter::Adapter;
+use checkpoint::adapter::{self as peft, Adapter, Plain};
 use checkpoint::config::{Architecture, Config};
 use checkpoint::names;
 use checkpoint::weights::{Dtype, Weights};
-use serde_json::{Value, json};
+use serde_json::Value;
 use step::Failure;
+use step::definition::TFLOP;
 use step::worker::{Input, Job};
 use tch::{Device, Kind, Tensor};
-use train::Lora;
+use train::{Lora, work};
 
 use crate::blockwise::Nf4;
 use crate::data::Dataset;
@@ -47,14 +48,23 @@ pub fn run(job: &Job) -> Result<()> {
         decays: true,
     });
     let outcome = fit(job, &training, &model, trainables.collect(), &data, place.device)?;
+    let tflop = work::of_lora(&model.config, &params, data.train.split());
+    job.metric(TFLOP, outcome.share * tflop);
     job.metric("trained_parameters", adapter.values().map(|t| t.numel() as f64).sum());
 
     let base = base_name(&base.path);
-    tensor::write(&job.out().join("adapter_model.safetensors"), Dtype::F32, &adapter)?;
-    let config =
-        serde_json::to_string_pretty(&peft_config(&params, &targets, base.as_deref()))? + "\n";
+    tensor::write(&job.out().join(peft::WEIGHTS), Dtype::F32, &adapter)?;
+    let config = Plain {
+        rank: params.rank,
+        alpha: params.alpha,
+        rslora: params.rslora,
+        dropout: params.dropout,
+        targets: &targets,
+        base: base.as_deref(),
+        ..Plain::default()
+    };
     for (name, text) in [
-        ("adapter_config.json", config),
+        (peft::CONFIG, format!("{:#}\n", config.to_json())),
         ("README.md", card(&params, &targets, base.as_deref(), &data, outcome)),
     ] {
         let path = job.out().join(name);
@@ -163,37 +173,12 @@ fn adapter(model: &mut Decoder) -> BTreeMap<String, Tensor> {
     for linear in model.linears_mut() {
         if let Some(lora) = &linear.lora {
             let module = linear.name.trim_end_matches(".weight");
-            for (part, tensor) in [("lora_A", &lora.a), ("lora_B", &lora.b)] {
-                let name = format!("base_model.model.{module}.{part}.weight");
-                all.insert(name, tensor.shallow_clone());
+            for (part, tensor) in [('A', &lora.a), ('B', &lora.b)] {
+                all.insert(peft::tensor_name(module, part), tensor.shallow_clone());
             }
         }
     }
     all
-}
-
-/// adapter_config.json. PEFT writes `target_modules` in the order of a set: ours are sorted.
-fn peft_config(params: &Lora, targets: &[&str], base: Option<&str>) -> Value {
-    json!({
-        "alpha_pattern": {},
-        "base_model_name_or_path": base,
-        "bias": "none",
-        "fan_in_fan_out": false,
-        "inference_mode": true,
-        "init_lora_weights": true,
-        "lora_alpha": whole(params.alpha),
-        "lora_dropout": params.dropout,
-        "modules_to_save": null,
-        "peft_type": "LORA",
-        "peft_version": "0.21.0",
-        "r": params.rank,
-        "rank_pattern": {},
-        "revision": null,
-        "target_modules": targets,
-        "task_type": "CAUSAL_LM",
-        "use_dora": false,
-        "use_rslora": params.rslora,
-    })
 }
 
 /// What the base calls itself, where it says: a repository on the hub, not a path.
@@ -243,16 +228,12 @@ fn card(
     out
 }
 
-/// PEFT writes an alpha of 32 as `32`.
-fn whole(x: f64) -> Value {
-    if x.fract() == 0.0 && x.abs() < 1e9 { json!(x as i64) } else { json!(x) }
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
 
     use serde::Deserialize;
+    use serde_json::json;
     use step::{Kind as ArtifactKind, StepDef};
 
     use super::*;

@@ -176,6 +176,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::tensor::golden;
 
     const STEPS: i64 = 4;
 
@@ -187,13 +188,6 @@ mod tests {
         let Value::Object(params) = params else { unreachable!("an object") };
         let params = (StepDef::of::<train::Lora>().resolve)(params).unwrap();
         train::Lora::deserialize(&params).unwrap().training()
-    }
-
-    /// What `golden/optimisers.py` wrote down.
-    fn golden() -> HashMap<String, Tensor> {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/worker/golden");
-        let file = folder.join("optimisers.safetensors");
-        Tensor::read_safetensors(file).unwrap().into_iter().collect()
     }
 
     /// The matrix and the vector as they start, on the optimiser's way.
@@ -223,7 +217,7 @@ mod tests {
 
     #[test]
     fn updates_are_those_of_transformers_and_bitsandbytes() {
-        let golden = golden();
+        let golden = golden("optimisers");
         // A moment between two codes may fall to the other side for its last bit.
         for (name, allowed) in [("adafactor", 0), ("adamw-8bit", 3)] {
             let (params, mut optimiser) = start(&golden, name);
@@ -245,7 +239,7 @@ mod tests {
 
     #[test]
     fn an_optimiser_goes_on_where_a_checkpoint_was_written() {
-        let golden = golden();
+        let golden = golden("optimisers");
         for name in ["adamw", "adamw-8bit", "adafactor"] {
             let (params, mut whole) = start(&golden, name);
             (0..STEPS).for_each(|step| go(&golden, &params, &mut whole, step));

@@ -10,9 +10,10 @@ use checkpoint::config::Config;
 use checkpoint::weights::Dtype;
 use serde_json::{Value, json};
 use step::Failure;
+use step::definition::TFLOP;
 use step::worker::Job;
 use tch::{Device, Kind, Tensor};
-use train::Pretrain;
+use train::{Pretrain, work};
 
 use crate::data::Dataset;
 use crate::decoder::Decoder;
@@ -35,7 +36,8 @@ pub fn run(job: &Job) -> Result<()> {
         name,
         tensor,
     });
-    fit(job, &training, &model, trainables.collect(), &data, place.device)?;
+    let outcome = fit(job, &training, &model, trainables.collect(), &data, place.device)?;
+    job.metric(TFLOP, outcome.share * work::of_all(&model.config, &training, data.train.split()));
     job.metric("parameters", model.weights()?.iter().map(|(_, w)| w.numel() as f64).sum());
 
     write(&model, &tokenizer.path, job.out())

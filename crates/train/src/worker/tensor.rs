@@ -49,3 +49,11 @@ pub fn write(path: &Path, dtype: Dtype, tensors: &BTreeMap<String, Tensor>) -> R
     }
     Ok(writer.finish().map_err(Failure::from)?)
 }
+
+/// The tensors of a file that a script of `golden/` wrote.
+#[cfg(test)]
+pub fn golden(name: &str) -> std::collections::HashMap<String, Tensor> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/worker/golden");
+    let path = folder.join(name).with_extension("safetensors");
+    Tensor::read_safetensors(path).unwrap().into_iter().collect()
+}

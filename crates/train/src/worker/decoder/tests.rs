@@ -40,8 +40,7 @@ fn model_in(architecture: &str, compute: Kind) -> Decoder {
 }
 
 fn expected(architecture: &str) -> HashMap<String, Tensor> {
-    let path = folder(architecture).join("expected.safetensors");
-    Tensor::read_safetensors(path).unwrap().into_iter().collect()
+    tensor::golden(&format!("{architecture}/expected"))
 }
 
 /// Each row predicts its own next tokens.
