@@ -224,24 +224,6 @@ impl Config {
         Ok(config)
     }
 
-    /// Fails by name if the exports cannot write this model yet; `origin` is its config.json.
-    pub fn exportable(&self, origin: &Path) -> Result<(), Error> {
-        if self.architecture != Architecture::Llama {
-            let found = self.architecture.model_type().into();
-            return Err(Error::NotExported { path: origin.into(), found });
-        }
-        let refuse = |key: &str, value: &str| {
-            Err(Error::UnsupportedKey { path: origin.into(), key: key.into(), value: value.into() })
-        };
-        if self.qkv_bias || self.o_bias {
-            return refuse("attention_bias", "true");
-        }
-        match self.rope_scaling {
-            Some(_) => refuse("rope_scaling", "llama3"),
-            None => Ok(()),
-        }
-    }
-
     /// The config.json of a plain Llama, with the spellings of transformers 4 and 5 both.
     pub fn to_json(&self) -> Value {
         let eos = match self.eos_token_ids.as_slice() {
@@ -587,28 +569,6 @@ mod tests {
                 assert_eq!(scaling.original_max_positions, original);
                 assert!((scaling.attention_factor - attention).abs() < 1e-12);
             }
-        }
-    }
-
-    #[test]
-    fn what_the_exports_do_not_know_is_refused_there() {
-        let exportable = |from: &str, to: &str| {
-            let config = parse(&TINY.replacen(from, to, 1)).unwrap();
-            config.exportable(Path::new("config.json")).map_err(|e| e.to_string())
-        };
-        assert_eq!(exportable("llama", "llama"), Ok(()));
-        for (from, to, what) in [
-            ("llama", "qwen3", "`qwen3` can be trained and merged, and not be exported yet"),
-            ("llama", "phi3", "`phi3` can be trained and merged, and not be exported yet"),
-            ("{\"model", "{\"attention_bias\":true,\"model", "`attention_bias` = true"),
-            (
-                "{\"model",
-                "{\"rope_scaling\":{\"rope_type\":\"llama3\",\"factor\":8,\"low_freq_factor\":1,\"high_freq_factor\":4,\"original_max_position_embeddings\":8192},\"model",
-                "`rope_scaling` = llama3",
-            ),
-        ] {
-            let error = exportable(from, to).unwrap_err();
-            assert!(error.contains(what), "{error}");
         }
     }
 

@@ -17,11 +17,6 @@ pub enum Error {
         crate::are(crate::ARCHITECTURES)
     )]
     Architecture { path: PathBuf, found: String },
-    #[error(
-        "{path}: architecture `{found}` can be trained and merged, and not be exported yet; {}",
-        crate::are(crate::EXPORTED)
-    )]
-    NotExported { path: PathBuf, found: String },
     #[error("{path}: `{key}` = {value} changes what the model computes, and is not built yet")]
     UnsupportedKey { path: PathBuf, key: String, value: String },
     #[error("{path}: the weights are quantised already ({how})")]

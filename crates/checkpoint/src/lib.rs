@@ -20,11 +20,8 @@ pub mod weights;
 
 pub use error::Error;
 
-/// `model_type` of the architectures that can be trained and merged.
+/// `model_type` of the architectures that can be trained, merged, exported and measured.
 pub const ARCHITECTURES: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"];
-
-/// Those that can be exported and measured, too.
-pub const EXPORTED: &[&str] = &["llama"];
 
 /// `llama is`, `llama, mistral and qwen2 are`: how a refusal ends.
 pub fn are(names: &[&str]) -> String {
