@@ -42,8 +42,9 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
     let specs = specs(&config, params.dtype);
     let writer = Writer::model(job.out(), specs, Writer::SHARD).map_err(Failure::from)?;
     let order = writer.order();
+    let behind = Behind { writer, name: String::new(), bytes: Vec::new() };
     let mut merging =
-        Merging { base: &base, writer, kept: Kept::default(), scales: BTreeMap::new() };
+        Merging { base: &base, behind, kept: Kept::default(), scales: BTreeMap::new() };
     let threads = rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build()?;
     for (done, spec) in order.iter().enumerate() {
         threads.install(|| merging.tensor(spec, &changes))?;
@@ -55,8 +56,8 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
             ..Progress::default()
         });
     }
-    let Merging { writer, kept, .. } = merging;
-    writer.finish().map_err(Failure::from)?;
+    let Merging { mut behind, kept, .. } = merging;
+    behind.flush().and_then(|()| behind.writer.finish()).map_err(Failure::from)?;
     kept.refuse_what_was_lost()?;
     if let Some(note) = kept.unchanged() {
         job.note(note);
@@ -163,7 +164,7 @@ fn quantisation() -> Value {
 /// A model on its way, and what became of each change.
 struct Merging<'a> {
     base: &'a Weights,
-    writer: Writer,
+    behind: Behind,
     kept: Kept,
     /// Of matrices in 8 bits, by name: larger types come first, so their scales come after them.
     scales: BTreeMap<String, Vec<u8>>,
@@ -178,10 +179,10 @@ impl Merging<'_> {
         if let Some(name) = spec.name.strip_suffix(SHAPE) {
             let shape = self.base.get(name)?.shape;
             let bytes: Vec<u8> = shape.iter().flat_map(|n| (*n as i64).to_le_bytes()).collect();
-            return Ok(self.writer.write(&spec.name, &bytes)?);
+            return Ok(self.behind.write(&spec.name, &bytes)?);
         }
         if let Some(scales) = self.scales.remove(&spec.name) {
-            return Ok(self.writer.write(&spec.name, &scales)?);
+            return Ok(self.behind.write(&spec.name, &scales)?);
         }
         let (name, stored) = match spec.name.strip_suffix(PACKED) {
             Some(name) => (name, Stored::Int8),
@@ -193,24 +194,35 @@ impl Merging<'_> {
         let row = columns * tensor.dtype.bitsize() / 8;
         let merged_row = stored.row_bytes(columns);
         let rows_a_piece = (PIECE / row).next_multiple_of(BLOCK).max(BLOCK);
+        let as_it_is = changes.is_empty() && stored == Stored::Float(tensor.dtype);
         let mut merged = Vec::new();
         let mut sums = Squares::default();
         let mut scales = Vec::new();
         for (at, piece) in tensor.data.chunks(rows_a_piece * row).enumerate() {
-            merged.resize(piece.len() / row * merged_row, 0);
-            let blocks =
-                piece.par_chunks(BLOCK * row).zip(merged.par_chunks_mut(BLOCK * merged_row));
-            let blocks = blocks.enumerate().map_init(Buffers::default, |buffers, (block, pair)| {
-                let (bytes, out) = pair;
-                let first = at * rows_a_piece + block * BLOCK;
-                let rows = Rows { bytes, dtype: tensor.dtype, columns, first };
-                match changes {
-                    [] => buffers.convert(rows, stored, out),
-                    _ => buffers.merge(rows, changes, stored, out),
+            merged.resize(if as_it_is { 0 } else { piece.len() / row * merged_row }, 0);
+            let blocks = || -> Vec<Result<Merged, Wrong>> {
+                let rows = |block: usize, bytes| {
+                    let first = at * rows_a_piece + block * BLOCK;
+                    Rows { bytes, dtype: tensor.dtype, columns, first }
+                };
+                let base = piece.par_chunks(BLOCK * row).enumerate();
+                if as_it_is {
+                    return base.map(|(block, bytes)| rows(block, bytes).check()).collect();
                 }
-            });
+                let blocks = base.zip(merged.par_chunks_mut(BLOCK * merged_row));
+                let blocks =
+                    blocks.map_init(
+                        Buffers::default,
+                        |buffers, ((block, bytes), out)| match changes {
+                            [] => buffers.convert(rows(block, bytes), stored, out),
+                            _ => buffers.merge(rows(block, bytes), changes, stored, out),
+                        },
+                    );
+                blocks.collect()
+            };
+            let (blocks, written) = rayon::join(blocks, || self.behind.flush());
+            written?;
             // Row by row, in order: the same sums however many threads there were, the same error.
-            let blocks: Vec<Result<Merged, Wrong>> = blocks.collect();
             for block in blocks {
                 let block = block.map_err(|wrong| failure(spec, tensor.shape.len(), wrong))?;
                 for row in block.squares {
@@ -218,7 +230,10 @@ impl Merging<'_> {
                 }
                 scales.extend(block.scales.iter().flat_map(|scale| scale.to_le_bytes()));
             }
-            self.writer.write(&spec.name, &merged)?;
+            match as_it_is {
+                true => self.behind.write(&spec.name, piece)?,
+                false => self.behind.put(&spec.name, &mut merged),
+            }
             self.base.let_go_of(piece);
         }
         if stored == Stored::Int8 {
@@ -226,6 +241,35 @@ impl Merging<'_> {
         }
         if !changes.is_empty() {
             self.kept.push(name, sums);
+        }
+        Ok(())
+    }
+}
+
+/// A writer, and what it is to write while the next piece is merged.
+struct Behind {
+    writer: Writer,
+    name: String,
+    bytes: Vec<u8>,
+}
+
+impl Behind {
+    /// Takes the bytes, and leaves an older buffer for the next.
+    fn put(&mut self, name: &str, bytes: &mut Vec<u8>) {
+        self.name = name.into();
+        std::mem::swap(&mut self.bytes, bytes);
+    }
+
+    /// Writes at once, after what waits.
+    fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), checkpoint::Error> {
+        self.flush()?;
+        self.writer.write(name, bytes)
+    }
+
+    fn flush(&mut self) -> Result<(), checkpoint::Error> {
+        if !self.bytes.is_empty() {
+            self.writer.write(&self.name, &self.bytes)?;
+            self.bytes.clear();
         }
         Ok(())
     }

@@ -37,6 +37,28 @@ pub struct Rows<'a> {
     pub first: usize,
 }
 
+impl Rows<'_> {
+    /// Fails where a value is no number, or infinite.
+    pub fn check(self) -> Result<Merged, Wrong> {
+        // A type's exponent, all ones: neither has another.
+        fn finite<const N: usize>(bytes: &[u8], ones: impl Fn([u8; N]) -> bool) -> bool {
+            bytes.as_chunks().0.iter().fold(true, |finite, bytes| finite & !ones(*bytes))
+        }
+        let finite = match self.dtype {
+            Dtype::BF16 => finite(self.bytes, |b| u16::from_le_bytes(b) & 0x7F80 == 0x7F80),
+            Dtype::F16 => finite(self.bytes, |b| u16::from_le_bytes(b) & 0x7C00 == 0x7C00),
+            _ => finite(self.bytes, |b| u32::from_le_bytes(b) & 0x7F80_0000 == 0x7F80_0000),
+        };
+        match finite {
+            true => Ok(Merged::default()),
+            false => {
+                let mut out = vec![0; self.bytes.len()];
+                Buffers::default().convert(self, Stored::Float(self.dtype), &mut out)
+            }
+        }
+    }
+}
+
 /// What merged rows are stored as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stored {
@@ -55,6 +77,7 @@ impl Stored {
 }
 
 /// What rows came to, beside their bytes.
+#[derive(Default)]
 pub struct Merged {
     /// Of each row, where something was added to it.
     pub squares: Vec<Squares>,
