@@ -88,6 +88,28 @@ pub struct Config {
     pub pad_token_id: Option<u32>,
     /// `bfloat16`, `float16` or `float32`.
     pub dtype: String,
+    /// Whether matrices are in 8 bits, as [`int8`] has it.
+    pub int8: bool,
+}
+
+/// What config.json says of matrices in 8 bits with a scale a row: compressed-tensors' W8A16, which
+/// transformers and vLLM read. The one quantisation that is understood.
+pub fn int8() -> Value {
+    json!({
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 8, "type": "int", "symmetric": true, "strategy": "channel",
+                "dynamic": false,
+            },
+            "input_activations": null,
+            "output_activations": null,
+        }},
+        "ignore": ["lm_head"],
+    })
 }
 
 /// How rotary positions are stretched beyond those of pretraining.
@@ -121,6 +143,19 @@ pub struct Llama3 {
 impl Config {
     /// Reads `config.json` in a model folder.
     pub fn read(dir: &Path) -> Result<Self, Error> {
+        let config = Self::read_to_run(dir)?;
+        match config.int8 {
+            true => Err(Error::Quantised {
+                path: dir.join("config.json"),
+                how: "compressed-tensors, 8 bits".into(),
+            }),
+            false => Ok(config),
+        }
+    }
+
+    /// The same for a model that is run as it is, and nothing built on it: its matrices may be in the 8
+    /// bits that `merge/lora` writes.
+    pub fn read_to_run(dir: &Path) -> Result<Self, Error> {
         let path = dir.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
         Self::parse(&text, &path)
@@ -196,6 +231,7 @@ impl Config {
                 .and_then(Value::as_str)
                 .unwrap_or("float32")
                 .to_string(),
+            int8: map.get("quantization_config").is_some_and(|value| *value == int8()),
         };
         if rotary_dim != head_dim && architecture != Architecture::Phi3 {
             return Err(Error::UnsupportedKey {
@@ -478,6 +514,7 @@ impl Keys<'_> {
         }
         match self.map.get("quantization_config") {
             None | Some(Value::Null) => Ok(()),
+            Some(value) if *value == int8() => Ok(()),
             Some(value) => {
                 let method = value.get("quant_method").and_then(Value::as_str);
                 let bits = ["load_in_4bit", "load_in_8bit"]

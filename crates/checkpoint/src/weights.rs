@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use half::f16;
+use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::tensor::Metadata;
 use serde_json::Value;
@@ -46,8 +46,16 @@ pub struct TensorRef<'a> {
     pub shape: Vec<usize>,
     /// Row-major, little-endian.
     pub data: &'a [u8],
+    /// Of a matrix in 8 bits, whose type is I8: a bfloat16 a row.
+    scales: Option<&'a [u8]>,
     path: &'a Path,
 }
+
+// What compressed-tensors calls the parts of a matrix in 8 bits, after the matrix's own name: its
+// values, four to a word; a scale a row; its shape.
+pub const PACKED: &str = "_packed";
+pub const SCALE: &str = "_scale";
+pub const SHAPE: &str = "_shape";
 
 impl Weights {
     /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, or
@@ -105,7 +113,11 @@ impl Weights {
         self.index.contains_key(name)
     }
 
+    /// A tensor by its name; of a matrix in 8 bits, by that of the whole matrix.
     pub fn get(&self, name: &str) -> Result<TensorRef<'_>, Error> {
+        if let Some((packed, scales)) = self.packed(name)? {
+            return Ok(TensorRef { name: name.into(), scales: Some(scales), ..packed });
+        }
         let missing = || Error::MissingTensor { path: self.dir.clone(), name: name.into() };
         let file = &self.files[*self.index.get(name).ok_or_else(missing)?];
         let info = file.metadata.info(name).ok_or_else(missing)?;
@@ -115,8 +127,36 @@ impl Weights {
             dtype: info.dtype,
             shape: info.shape.clone(),
             data: &file.map[file.start + from..file.start + to],
+            scales: None,
             path: &file.path,
         })
+    }
+
+    /// A matrix in 8 bits and its scales, if it is one.
+    fn packed(&self, name: &str) -> Result<Option<(TensorRef<'_>, &[u8])>, Error> {
+        if self.contains(name) || !self.contains(&format!("{name}{PACKED}")) {
+            return Ok(None);
+        }
+        let [packed, scales, shape] =
+            [PACKED, SCALE, SHAPE].map(|part| self.get(&format!("{name}{part}")));
+        let (packed, scales, shape) = (packed?, scales?, shape?);
+        let sizes: Vec<usize> =
+            shape.data.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as usize).collect();
+        let kinds = [packed.dtype, scales.dtype, shape.dtype];
+        match (sizes.as_slice(), packed.shape.as_slice()) {
+            (&[rows, columns], &[there, words])
+                if kinds == [Dtype::I32, Dtype::BF16, Dtype::I64]
+                    && scales.len() == rows
+                    && (there, words) == (rows, columns.div_ceil(4)) =>
+            {
+                let whole = TensorRef { dtype: Dtype::I8, shape: sizes, ..packed };
+                Ok(Some((whole, scales.data)))
+            }
+            _ => Err(Error::Header {
+                path: packed.path.into(),
+                message: format!("`{name}` in 8 bits and its scales do not go together"),
+            }),
+        }
     }
 
     /// Lets the system have back the pages of a tensor that was read: with all tensors copied one by
@@ -156,12 +196,14 @@ impl Weights {
                     expected: shape.clone(),
                 });
             }
-            tensor.float()?;
+            tensor.numbers()?;
         }
         for name in self.names() {
             // Some files carry rotary tables or a copy of a tied head: both follow from the rest.
             let derived = name.ends_with("rotary_emb.inv_freq") || name == names::LM_HEAD;
-            if !expected.contains_key(name) && !derived {
+            let whole = [PACKED, SCALE, SHAPE].iter().find_map(|part| name.strip_suffix(part));
+            let part = whole.is_some_and(|name| config.int8 && expected.contains_key(name));
+            if !expected.contains_key(name) && !derived && !part {
                 return Err(Error::UnknownTensor { path: self.dir.clone(), name: name.into() });
             }
         }
@@ -203,7 +245,11 @@ impl TensorRef<'_> {
     /// # Panics
     /// If the tensor ends before.
     pub fn read_f32(&self, from: usize, out: &mut [f32]) -> Result<(), Error> {
-        self.float()?;
+        self.numbers()?;
+        if let Some(scales) = self.scales {
+            self.read_int8(scales, from, out);
+            return Ok(());
+        }
         let size = self.dtype.bitsize() / 8;
         let data = &self.data[from * size..][..out.len() * size];
         match self.dtype {
@@ -236,9 +282,22 @@ impl TensorRef<'_> {
         self.len() == 0
     }
 
-    fn float(&self) -> Result<(), Error> {
+    /// (level − 128) · scale, in bfloat16 as compressed-tensors has it.
+    fn read_int8(&self, scales: &[u8], from: usize, out: &mut [f32]) {
+        let columns = self.shape[1];
+        let width = columns.next_multiple_of(4);
+        let scales = scales.as_chunks::<2>().0;
+        for (at, value) in (from..).zip(out) {
+            let (row, column) = (at / columns, at % columns);
+            let level = f32::from(self.data[row * width + column]) - 128.0;
+            *value = bf16::from_f32(level * bf16::from_le_bytes(scales[row]).to_f32()).to_f32();
+        }
+    }
+
+    fn numbers(&self) -> Result<(), Error> {
         match self.dtype {
             Dtype::F32 | Dtype::F16 | Dtype::BF16 => Ok(()),
+            Dtype::I8 if self.scales.is_some() => Ok(()),
             other => Err(Error::Dtype {
                 path: self.path.into(),
                 name: self.name.clone(),
@@ -250,8 +309,6 @@ impl TensorRef<'_> {
 
 #[cfg(test)]
 mod tests {
-    use half::bf16;
-
     use super::*;
 
     fn write(dir: &Path) -> PathBuf {
@@ -281,6 +338,40 @@ mod tests {
         let bytes = std::fs::read(path).unwrap();
         let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(theirs.tensor("a").unwrap().shape(), [1, 2]);
+    }
+
+    #[test]
+    fn matrices_in_eight_bits_are_read_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        let write = |columns: i64| {
+            let specs = vec![
+                Spec::new("w_packed", Dtype::I32, &[2, 2]),
+                Spec::new("w_scale", Dtype::BF16, &[2, 1]),
+                Spec::new("w_shape", Dtype::I64, &[2]),
+            ];
+            let mut writer = Writer::create(&path, specs).unwrap();
+            let shape = [2, columns].map(i64::to_le_bytes).concat();
+            let levels = [0, 127, 128, 129, 255, 0, 0, 0, 130, 128, 126, 1, 1, 0, 0, 0];
+            let scales = [1.0, 0.5].map(|x| bf16::from_f32(x).to_le_bytes()).concat();
+            for (name, bytes) in
+                [("w_shape", &shape[..]), ("w_packed", &levels), ("w_scale", &scales)]
+            {
+                writer.write(name, bytes).unwrap();
+            }
+            writer.finish().unwrap();
+            Weights::open(dir.path()).unwrap()
+        };
+        let weights = write(5);
+        let w = weights.get("w").unwrap();
+        assert_eq!((w.dtype, &w.shape[..]), (Dtype::I8, &[2, 5][..]));
+        let expected = [-128.0, -1.0, 0.0, 1.0, 127.0, 1.0, 0.0, -1.0, -63.5, -63.5];
+        assert_eq!(w.to_f32().unwrap(), expected);
+        let mut some = [0.0; 3];
+        w.read_f32(4, &mut some).unwrap();
+        assert_eq!(some, expected[4..7]);
+        let error = write(4).get("w").unwrap_err().to_string();
+        assert!(error.contains("`w` in 8 bits and its scales do not go together"), "{error}");
     }
 
     #[test]

@@ -112,7 +112,7 @@ pub fn write(
     options: Options,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Written, Error> {
-    let config = Config::read(model)?;
+    let config = Config::read_to_run(model)?;
     let weights = Weights::open(model)?;
     weights.check(&config)?;
     if !config.head_dim.is_multiple_of(16) {

@@ -344,7 +344,7 @@ fn vocab(session: &Session, path: &Path) -> Result<usize, Error> {
 fn write_graph(dir: &Path, scratch: &Path) -> Result<PathBuf, Error> {
     std::fs::create_dir_all(scratch)
         .map_err(|e| Error::File { path: scratch.into(), message: e.to_string() })?;
-    let config = checkpoint::config::Config::read(dir).map_err(graph::Error::from)?;
+    let config = checkpoint::config::Config::read_to_run(dir).map_err(graph::Error::from)?;
     let options = graph::Options {
         dtype: graph::Dtype::Fp32,
         quantisation: graph::Quantisation::default(),

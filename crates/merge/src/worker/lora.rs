@@ -8,10 +8,9 @@ use std::fmt::Write;
 use checkpoint::adapter::Adapter;
 use checkpoint::config::Config;
 use checkpoint::names;
-use checkpoint::weights::{Dtype, Spec, Weights, Writer};
+use checkpoint::weights::{Dtype, PACKED, SCALE, SHAPE, Spec, Weights, Writer};
 use merge::lora::{self, Lora};
 use rayon::prelude::*;
-use serde_json::{Value, json};
 use step::Failure;
 use step::worker::{Job, Progress};
 
@@ -66,7 +65,7 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
     checkpoint::copy_companions(base_dir, job.out()).map_err(Failure::from)?;
     checkpoint::copy_config(base_dir, job.out(), params.dtype.name(), |config| {
         if params.dtype == lora::Dtype::Int8 {
-            config["quantization_config"] = quantisation();
+            config["quantization_config"] = checkpoint::config::int8();
         }
     })
     .map_err(Failure::from)?;
@@ -134,31 +133,6 @@ fn specs(config: &Config, dtype: lora::Dtype) -> Vec<Spec> {
         specs.push(Spec::new(format!("{name}{SHAPE}"), Dtype::I64, &[2]));
     }
     specs
-}
-
-// What compressed-tensors calls the parts of a matrix in 8 bits, after the matrix's own name.
-const PACKED: &str = "_packed";
-const SCALE: &str = "_scale";
-const SHAPE: &str = "_shape";
-
-/// What config.json says of matrices in 8 bits: the scheme W8A16 of compressed-tensors, which
-/// transformers and vLLM read.
-fn quantisation() -> Value {
-    json!({
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {
-            "targets": ["Linear"],
-            "weights": {
-                "num_bits": 8, "type": "int", "symmetric": true, "strategy": "channel",
-                "dynamic": false,
-            },
-            "input_activations": null,
-            "output_activations": null,
-        }},
-        "ignore": ["lm_head"],
-    })
 }
 
 /// A model on its way, and what became of each change.
@@ -292,6 +266,7 @@ fn failure(spec: &Spec, dims: usize, Wrong { row, column, value }: Wrong) -> Fai
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::{Value, json};
     use std::path::Path;
     use step::Kind;
     use step::worker::{Input, Mode, Request};
