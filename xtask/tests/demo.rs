@@ -121,7 +121,7 @@ fn said_in(mut command: Command, dir: &Path) -> String {
 
 #[test]
 fn a_second_build_is_up_to_date() {
-    assert_eq!(said(xtask(built(), &["build"])), "up to date: 14 targets\n");
+    assert_eq!(said(xtask(built(), &["build"])), "up to date: 16 targets\n");
 }
 
 #[test]
@@ -145,7 +145,9 @@ fn a_row_makes_stale_what_hangs_on_it_and_nothing_else() {
             "dataset",
             "eval",
             "gguf",
+            "gguf-q4",
             "gguf-q8",
+            "int8",
             "merged",
             "onnx-fp32",
             "onnx-int4",
@@ -171,7 +173,7 @@ fn a_change_that_is_cleaned_away_stops_at_the_dataset() {
     copy.edit("recipes/demo/schedules.jsonl", |text| text + broken);
     let lines = said(xtask(copy.path(), &["--json", "build"]));
     let done: Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
-    assert_eq!((done["made"].as_u64(), done["cached"].as_u64()), (Some(1), Some(13)), "{done}");
+    assert_eq!((done["made"].as_u64(), done["cached"].as_u64()), (Some(1), Some(15)), "{done}");
 }
 
 #[test]
@@ -286,8 +288,19 @@ batch_tokens = 512
 #[test]
 fn a_rebuild_gives_the_same_bytes() {
     let table = said(xtask(built(), &["verify", "--rebuild", "demo"]));
-    for target in ["base", "adapter", "merged", "onnx-fp32", "onnx-int4", "gguf", "gguf-q8", "site"]
-    {
+    let targets = [
+        "base",
+        "adapter",
+        "merged",
+        "int8",
+        "onnx-fp32",
+        "onnx-int4",
+        "gguf",
+        "gguf-q8",
+        "gguf-q4",
+        "site",
+    ];
+    for target in targets {
         let line = table.lines().find(|l| l.starts_with(&format!("demo/{target} ")));
         assert!(line.is_some_and(|l| l.contains("identical")), "{target}\n{table}");
     }
