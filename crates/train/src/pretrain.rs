@@ -145,6 +145,7 @@ impl Pretrain {
             eos_token_ids: Vec::new(),
             pad_token_id: None,
             dtype: "bfloat16".into(),
+            int8: false,
         })
     }
 }

@@ -70,10 +70,21 @@ fn one(engine: &Engine, id: &TargetId, log: bool, json: bool) -> anyhow::Result<
         }
         print!("{metrics}");
     }
+    let report = engine.store().tree(result.report)?;
+    if let Some(entry) = report.entries().iter().find(|entry| entry.path == "report.md") {
+        let text = engine.store().blob(entry.digest)?;
+        println!("\n{}", summary(&String::from_utf8_lossy(&text)));
+        println!("More of it in {}.report.", engine.link(id).display());
+    }
     if log {
         println!("\n{}", String::from_utf8_lossy(&engine.store().blob(result.log)?));
     }
     Ok(())
+}
+
+/// A report up to its first section: what comes there is for those who look closer.
+fn summary(report: &str) -> &str {
+    report.split("\n## ").next().unwrap_or_default().trim_end()
 }
 
 /// Seconds since 1970 as `2026-11-20 19:30 UTC` (civil calendar from days: Howard Hinnant,
@@ -94,6 +105,13 @@ fn when(seconds: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_report_is_shown_up_to_its_first_section() {
+        let report = "# Merge\n\n28 tensors.\n\n## Tensor by tensor\n| a |\n";
+        assert_eq!(super::summary(report), "# Merge\n\n28 tensors.");
+        assert_eq!(super::summary("all of it\n"), "all of it");
+    }
+
     #[test]
     fn days_become_dates() {
         assert_eq!(super::when(0), "1970-01-01 00:00 UTC");

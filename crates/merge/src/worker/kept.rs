@@ -81,7 +81,8 @@ impl Kept {
     }
 
     pub fn table(&self) -> String {
-        let mut text = String::from("| tensor | ‖Δ‖/‖W‖ | kept |\n|---|---|---|\n");
+        let mut text =
+            String::from("## Tensor by tensor\n\n| tensor | ‖Δ‖/‖W‖ | kept |\n|---|---|---|\n");
         for row in &self.rows {
             let _ = writeln!(
                 text,
