@@ -2,11 +2,15 @@
 
 use std::process::ExitCode;
 
+mod decode;
 mod encode;
 mod export;
 mod format;
 mod keys;
 mod mix;
+mod parity;
+mod read;
+mod report;
 mod tensors;
 mod tokenizer;
 
