@@ -1,5 +1,5 @@
 """Our GGUF files beside llama.cpp's own, tensor by tensor, type and bytes: `gguf/export` in every type
-beside convert_hf_to_gguf.py and llama-quantize.
+beside convert_hf_to_gguf.py and llama-quantize, `gguf/adapter` beside convert_lora_to_gguf.py.
 
     cargo build --release --package gguf --features gguf/worker
     python3 tests/interop/gguf.py LLAMA_CPP LLAMA_QUANTIZE
@@ -225,6 +225,20 @@ with tempfile.TemporaryDirectory() as scratch:
                 theirs = quantised(scratch / f"{source}.gguf", quant, scratch / "quantised.gguf")
                 compare(f"{name} {quant} by llama-quantize from {source}", ours[quant], theirs)
         shutil.rmtree(folder)
+    for adapter in sorted((ROOT / "crates/merge/tests/golden").glob("*/first")):
+        name = adapter.parent.name
+        base = scratch / name
+        base.mkdir()
+        config = json.loads((ROOT / f"crates/train/src/worker/golden/{name}/config.json").read_text())
+        if name == "gemma3":
+            # Of a base whose scale llama.cpp has no key for there would be nothing to add it to.
+            config["query_pre_attn_scalar"] = config["head_dim"]
+        (base / "config.json").write_text(json.dumps(config))
+        for dtype, kind in (("float32", "f32"), ("float16", "f16")):
+            ours = worker("gguf/adapter", {"dtype": dtype}, scratch / "lora", adapter=adapter, base=base)
+            theirs = scratch / "lora.gguf"
+            script("convert_lora_to_gguf.py", adapter, "--base", base, "--outtype", kind, "--outfile", theirs)
+            compare(f"{name}'s adapter {kind} by the converter", ours, theirs)
 
 print(f"\n{'FAILED: ' + ', '.join(failures) if failures else f'gguf: {total} tensors, all the same'}")
 sys.exit(bool(failures))

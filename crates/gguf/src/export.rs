@@ -80,17 +80,7 @@ impl Step for Export {
     const OUTPUT: Kind = Kind::GgufModel;
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
-        for input in inputs.values().flatten() {
-            if let Some(architecture) = &input.facts.architecture
-                && !checkpoint::ARCHITECTURES.contains(&architecture.as_str())
-            {
-                return Err(Refusal::NotBuilt {
-                    what: format!("architecture {architecture}"),
-                    built: checkpoint::are(checkpoint::ARCHITECTURES),
-                });
-            }
-        }
-        Ok(())
+        crate::built(inputs)
     }
 }
 

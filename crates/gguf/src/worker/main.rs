@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+mod adapter;
 mod decode;
 mod encode;
 mod export;
@@ -18,5 +19,5 @@ mod tokenizer;
 mod tests;
 
 fn main() -> ExitCode {
-    step::worker::main(&[("gguf/export", export::run)])
+    step::worker::main(&[("gguf/export", export::run), ("gguf/adapter", adapter::run)])
 }
