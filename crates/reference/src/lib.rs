@@ -35,8 +35,9 @@ impl Source for Weights {
         let columns = tensor.shape.last().copied().unwrap_or(1);
         out.resize(rows.len() * columns, 0.0);
         tensor.read_f32(rows.start * columns, out)?;
-        let row = columns * tensor.dtype.bitsize() / 8;
-        self.let_go_of(&tensor.data[rows.start * row..rows.end * row]);
+        // From the first row on: the system brings in neighbours of a page that is read.
+        let end = rows.end * columns * tensor.dtype.bitsize() / 8;
+        self.let_go_of(&tensor.data[..end]);
         Ok(())
     }
 }
