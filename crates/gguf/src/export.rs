@@ -14,6 +14,13 @@ pub struct Export {
     /// The type of the matrices, or llama.cpp's mix of types; vectors are always F32.
     #[serde(default)]
     pub quant: Quant,
+    /// Whether the written file is read back and its logits are held to the checkpoint's.
+    #[serde(default = "yes")]
+    pub parity: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// llama.cpp's names, as users of its quantisation tool know them.
@@ -38,6 +45,19 @@ pub enum Quant {
 }
 
 impl Quant {
+    /// The largest first.
+    pub const ALL: [Quant; 9] = [
+        Quant::F32,
+        Quant::F16,
+        Quant::BF16,
+        Quant::Q8,
+        Quant::Q6K,
+        Quant::Q5KM,
+        Quant::Q5,
+        Quant::Q4KM,
+        Quant::Q4,
+    ];
+
     pub const fn name(self) -> &'static str {
         match self {
             Quant::F32 => "F32",
@@ -60,17 +80,7 @@ impl Step for Export {
     const OUTPUT: Kind = Kind::GgufModel;
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
-        for input in inputs.values().flatten() {
-            if let Some(architecture) = &input.facts.architecture
-                && !checkpoint::ARCHITECTURES.contains(&architecture.as_str())
-            {
-                return Err(Refusal::NotBuilt {
-                    what: format!("architecture {architecture}"),
-                    built: checkpoint::are(checkpoint::ARCHITECTURES),
-                });
-            }
-        }
-        Ok(())
+        crate::built(inputs)
     }
 }
 
@@ -118,6 +128,6 @@ mod tests {
             let parsed: Quant = serde_json::from_value(json!(quant)).unwrap();
             assert_eq!(parsed.name(), quant);
         }
-        assert_eq!((DEF.resolve)(Default::default()), Ok(json!({"quant": "F16"})));
+        assert_eq!((DEF.resolve)(Default::default()), Ok(json!({"quant": "F16", "parity": true})));
     }
 }

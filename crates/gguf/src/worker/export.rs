@@ -5,7 +5,6 @@
 //! the checkpoint's layers, as from llama.cpp's converter; llama-quantize sorts them by name.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::ops::Range;
 use std::path::Path;
 
@@ -22,6 +21,8 @@ use crate::encode::{self, Wrong};
 use crate::format::{Info, Type, Writer};
 use crate::keys;
 use crate::mix::Mix;
+use crate::parity;
+use crate::report;
 use crate::tensors::{self, Tensor};
 use crate::tokenizer;
 
@@ -76,6 +77,13 @@ pub fn run(job: &Job) -> Result<()> {
 
     let mut notes = keys::notes(&config);
     notes.extend(tokenizer.notes);
+    if params.parity {
+        let check = || parity::check(&path, dir, &config, &weights, &tensors, params.quant);
+        let (agreement, unreached) = threads.install(check)?;
+        job.metric("kl", agreement.kl);
+        job.metric("top1_agreement", agreement.top1);
+        notes.extend(unreached);
+    }
     notes.extend(fallbacks(&tensors, &Mix::new(&config, params.quant)));
     for note in &notes {
         job.note(note);
@@ -84,7 +92,10 @@ pub fn run(job: &Job) -> Result<()> {
     let bits = of_tensors as f64 * 8.0 / config.parameters() as f64;
     job.metric("bytes", bytes as f64);
     job.metric("bits_per_weight", bits);
-    std::fs::write(job.report().join("report.md"), report(&tensors, bytes, bits, &notes))?;
+    std::fs::write(
+        job.report().join("report.md"),
+        report::write(&config, &tensors, (bytes, bits), &notes),
+    )?;
     Ok(())
 }
 
@@ -187,16 +198,4 @@ fn model_name(dir: &Path) -> Result<String> {
             && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
     };
     Ok(named.filter(fits).unwrap_or("model").to_string())
-}
-
-fn report(tensors: &[Tensor], bytes: usize, bits: f64, notes: &[String]) -> String {
-    let mut text = format!("# GGUF\n\n{bytes} bytes, {bits:.2} bits a weight.\n\n");
-    for note in notes {
-        let _ = writeln!(text, "- {note}");
-    }
-    let _ = writeln!(text, "\n| tensor | shape | type |\n|---|---|---|");
-    for Tensor { info, .. } in tensors {
-        let _ = writeln!(text, "| {} | {:?} | {} |", info.name, info.shape, info.kind.name());
-    }
-    text
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-const ALIGNMENT: usize = 32;
+pub const ALIGNMENT: usize = 32;
 
 /// A key's value.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,6 +39,24 @@ pub enum Type {
 }
 
 impl Type {
+    const ALL: [Type; 10] = [
+        Type::F32,
+        Type::F16,
+        Type::BF16,
+        Type::Q8_0,
+        Type::Q4_0,
+        Type::Q5_0,
+        Type::Q5_1,
+        Type::Q4K,
+        Type::Q5K,
+        Type::Q6K,
+    ];
+
+    /// The type of a code, if it is one that is written.
+    pub fn of(code: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.code() == code)
+    }
+
     const fn code(self) -> u32 {
         match self {
             Type::F32 => 0,

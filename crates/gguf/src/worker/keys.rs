@@ -18,7 +18,7 @@ use crate::mix;
 const PATTERN: usize = 6;
 
 /// llama.cpp's name for an architecture.
-fn architecture(config: &Config) -> &'static str {
+pub fn architecture(config: &Config) -> &'static str {
     match config.architecture {
         Architecture::Llama | Architecture::Mistral => "llama",
         Architecture::Qwen2 => "qwen2",

@@ -2,11 +2,16 @@
 
 use std::process::ExitCode;
 
+mod adapter;
+mod decode;
 mod encode;
 mod export;
 mod format;
 mod keys;
 mod mix;
+mod parity;
+mod read;
+mod report;
 mod tensors;
 mod tokenizer;
 
@@ -14,5 +19,5 @@ mod tokenizer;
 mod tests;
 
 fn main() -> ExitCode {
-    step::worker::main(&[("gguf/export", export::run)])
+    step::worker::main(&[("gguf/export", export::run), ("gguf/adapter", adapter::run)])
 }

@@ -55,6 +55,17 @@ impl Rows {
             }
         }
     }
+
+    /// The row of the file that the checkpoint's row `row` becomes.
+    pub fn place(self, row: usize) -> usize {
+        match self {
+            Rows::AsTheyAre => row,
+            Rows::Interleaved { head_dim } => {
+                let (head, at) = (row / head_dim, row % head_dim);
+                head * head_dim + at % (head_dim / 2) * 2 + at / (head_dim / 2)
+            }
+        }
+    }
 }
 
 /// All tensors of the checkpoint, in the file's order.
@@ -174,6 +185,7 @@ mod tests {
         let dealt: Vec<usize> = (0..heads * head_dim).map(|row| rows.source(row)).collect();
         assert_eq!(dealt, expected);
         assert_eq!(dealt[..4], [0, 4, 1, 5]);
+        assert!(dealt.iter().enumerate().all(|(at, row)| rows.place(*row) == at));
     }
 
     #[test]

@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex};
 use checkpoint::config::Config;
 use checkpoint::names;
 use checkpoint::weights::{Dtype, Spec, Weights, Writer};
+use gguf::export::Quant;
 use half::f16;
 use serde_json::{Value as Json, json};
 use step::worker::{Input, Job, Mode, Request};
 use step::{Failure, Kind};
 
-use crate::{export, format};
+use crate::{export, format, parity, tensors};
 
 #[cfg(feature = "llamacpp-test")]
 mod architectures;
@@ -140,7 +141,7 @@ fn exported(dir: &Path, quant: &str, threads: usize) -> Result<(PathBuf, String)
         format: 1,
         step: "gguf/export".into(),
         mode: Mode::Build,
-        params: json!({"quant": quant}),
+        params: json!({"quant": quant, "parity": true}),
         inputs: BTreeMap::from([("model".into(), vec![input])]),
         out: out.join("out"),
         report: out.join("report"),
@@ -305,6 +306,66 @@ fn the_same_bytes_however_many_threads() {
             |threads| std::fs::read(exported(dir.path(), quant, threads).unwrap().0).unwrap();
         assert!(bytes(1) == bytes(3), "{quant}");
     }
+}
+
+/// The figure of a metric in what a job said.
+fn metric(said: &str, name: &str) -> f64 {
+    let lines = said.lines().map(|line| serde_json::from_str::<Json>(line).unwrap());
+    let value = lines.filter(|line| line["name"] == name).find_map(|line| line["value"].as_f64());
+    value.unwrap_or_else(|| panic!("no {name}: {said}"))
+}
+
+/// The trainer's golden models, with a tokenizer of three letters.
+#[test]
+fn what_is_read_back_computes_what_the_checkpoint_does() {
+    for name in ["llama", "mistral", "qwen2", "qwen3", "phi3", "phi3-short", "gemma3"] {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../train/src/worker/golden");
+        let dir = tempfile::tempdir().unwrap();
+        let model = dir.path().join("model");
+        std::fs::create_dir_all(&model).unwrap();
+        let weights = golden.join(name).join("model.safetensors");
+        std::fs::copy(weights, model.join("model.safetensors")).unwrap();
+        let text = std::fs::read_to_string(golden.join(name).join("config.json")).unwrap();
+        let mut config: Json = serde_json::from_str(&text).unwrap();
+        if name == "gemma3" {
+            config["query_pre_attn_scalar"] = json!(16);
+        }
+        std::fs::write(model.join("config.json"), config.to_string()).unwrap();
+        let tokenizer = json!({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false},
+            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}});
+        std::fs::write(model.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        for (quant, least, most) in [("F32", 0.0, 1e-12), ("F16", 0.0, 1e-4), ("Q8_0", 1e-9, 0.05)]
+        {
+            let (_, said) = exported(dir.path(), quant, 2).unwrap();
+            let kl = metric(&said, "kl");
+            assert!((least..=most).contains(&kl), "{name} {quant}: {kl}");
+            assert!(metric(&said, "top1_agreement") >= 0.5, "{name} {quant}: {said}");
+        }
+    }
+}
+
+#[test]
+fn a_file_that_computes_something_else_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let model_dir = dir.path().join("model");
+    model(&model_dir, &config(), |_, _| {});
+    let (path, _) = exported(dir.path(), "F16", 2).unwrap();
+    let (_, _, at) = File::read(&path).tensors["blk.0.attn_q.weight"];
+    let config = Config::read(&model_dir).unwrap();
+    let weights = Weights::open(&model_dir).unwrap();
+    let tensors = tensors::plan(&config, Quant::F16);
+    let check = || parity::check(&path, &model_dir, &config, &weights, &tensors, Quant::F16);
+    check().unwrap();
+    // Each row is where the next one belongs.
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[at..at + 64 * 64 * 2].rotate_right(64 * 2);
+    std::fs::write(&path, &bytes).unwrap();
+    let failure = Failure::from_anyhow(&check().unwrap_err());
+    let message = "model-F16.gguf does not compute what the checkpoint does: KL = ";
+    assert!(failure.message.starts_with(message), "{}", failure.message);
+    assert!(failure.hint.unwrap().contains("parity = false"));
+    std::fs::write(&path, &bytes[..at]).unwrap();
+    assert!(check().is_err());
 }
 
 #[test]
