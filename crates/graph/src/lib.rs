@@ -6,6 +6,7 @@
 mod builder;
 mod decoder;
 mod error;
+mod meant;
 pub mod proto;
 pub mod quantise;
 mod weights;
@@ -16,6 +17,7 @@ use checkpoint::config::Config;
 use checkpoint::weights::Weights;
 
 pub use error::Error;
+pub use meant::Meant;
 
 /// How weights are stored and what is computed in, by the names that Transformers.js has for them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

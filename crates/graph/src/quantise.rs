@@ -6,6 +6,8 @@
 
 use half::f16;
 
+use crate::{Error, Options};
+
 /// How a matrix \[N, K\] is quantised, in blocks along K.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scheme {
@@ -18,6 +20,35 @@ pub struct Scheme {
     pub symmetric: bool,
     /// Whether scales are f16.
     pub half_scales: bool,
+}
+
+/// How the matrices of a model are quantised, where they are.
+#[derive(Debug, Clone, Copy)]
+pub struct Schemes {
+    pub linear: Option<Scheme>,
+    /// Of the embedding and the head.
+    pub head: Option<Scheme>,
+}
+
+impl Schemes {
+    /// For a model whose hidden size is `width`.
+    pub fn new(width: usize, options: Options) -> Result<Self, Error> {
+        let Options { dtype, quantisation, .. } = options;
+        let scheme = |bits, block| Scheme {
+            bits,
+            block,
+            symmetric: quantisation.symmetric,
+            half_scales: dtype.is_half(),
+        };
+        let Some(bits) = dtype.bits() else { return Ok(Self { linear: None, head: None }) };
+        // The lookup wants rows of whole blocks.
+        let block = [quantisation.block, 32].into_iter().find(|b| width.is_multiple_of(*b));
+        let block = block.ok_or(Error::Width(width))?;
+        Ok(Self {
+            linear: Some(scheme(bits, quantisation.block)),
+            head: Some(scheme(quantisation.head_bits, block)),
+        })
+    }
 }
 
 impl Scheme {
