@@ -24,6 +24,9 @@ pub struct Export {
     /// Where weights are quantised, the bits of the embedding and the head: 8 or 4.
     #[serde(default = "eight")]
     pub head_bits: u32,
+    /// Whether the folder is opened in ONNX Runtime and held to what the checkpoint computes.
+    #[serde(default = "yes")]
+    pub parity: bool,
 }
 
 fn four_thousand() -> u32 {
@@ -73,6 +76,7 @@ impl Step for Export {
     const ABOUT: &'static str = "A model as Transformers.js and ONNX Runtime read it.";
     const INPUTS: &'static [InputDef] = &[InputDef::one("model", &[Kind::Model])];
     const OUTPUT: Kind = Kind::OnnxModel;
+    const TOOLS: &'static [&'static str] = &["onnxruntime"];
 
     fn validate(&self) -> Result<(), ParamError> {
         if self.max_positions == 0 {
