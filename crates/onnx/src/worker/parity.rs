@@ -14,8 +14,9 @@ use runtime::{Model, Runtime};
 use step::Failure;
 use step::worker::Job;
 
-/// Tokens at the end of the row that are read one by one on top of the cache.
-const ALONE: usize = 4;
+/// Tokens at the end of the row that are read one by one: on top of a cache of many tokens, and on top
+/// of one that has grown. In 8 bits each costs as much as all others, for ONNX Runtime unpacks the head.
+const ALONE: usize = 2;
 
 /// Holds the folder in `job.out()` to the model that it was made of.
 pub fn check(job: &Job, config: &Config, options: graph::Options) -> Result<()> {
@@ -217,7 +218,7 @@ mod tests {
     #[test]
     fn nothing_is_asked_of_a_cache_that_ends() {
         let mut config = Config::read(&golden("phi3")).unwrap();
-        for (length, expected) in [(16, ALONE), (17, 0), (18, 1), (20, 3), (21, ALONE)] {
+        for (length, expected) in [(16, ALONE), (17, 0), (18, 1), (19, ALONE)] {
             assert_eq!(alone(&config, length), expected, "{length}");
         }
         config.rope_scaling = None;
