@@ -55,7 +55,7 @@ impl<'a> Meant<'a> {
 
 impl Scheme {
     /// A row, quantised and numbers again.
-    fn round(&self, row: &mut [f32]) {
+    pub(crate) fn round(&self, row: &mut [f32]) {
         let blocks = self.blocks(row.len());
         let mut levels = vec![0; blocks * self.width()];
         let (mut scales, mut zeros) = (vec![0.0; blocks], vec![0; self.zeros_width(row.len())]);
@@ -80,7 +80,7 @@ mod tests {
     fn rounding_again_changes_nothing() {
         let values: Vec<f32> = (0..100).map(|i| ((i * i) as f32 * 0.1).sin()).collect();
         for (bits, symmetric, near) in [(4, true, 0.14), (4, false, 0.08), (8, true, 0.008)] {
-            let scheme = Scheme { bits, block: 32, symmetric, half_scales: false };
+            let scheme = Scheme { bits, block: 32, symmetric, half_scales: false, search: false };
             let mut once = values.clone();
             scheme.round(&mut once);
             assert!(once.iter().zip(&values).all(|(a, b)| (a - b).abs() < near), "{scheme:?}");

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use checkpoint::chat::Tokenizer;
 use checkpoint::config::Config;
-use onnx::export::{Dtype, Export};
+use onnx::export::{Dtype, Export, Quality};
 use serde_json::{Value, json};
 use step::Failure;
 use step::worker::{Job, Progress};
@@ -72,6 +72,7 @@ pub(crate) fn options(params: &Export, config: &Config) -> graph::Options {
         block: params.block_size as usize,
         symmetric: params.symmetric,
         head_bits: params.head_bits,
+        search: params.quality == Quality::Searched,
     };
     let max_positions = config.max_positions.min(params.max_positions as usize);
     graph::Options { dtype, quantisation, max_positions, chunk: graph::CHUNK }
