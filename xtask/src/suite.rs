@@ -39,7 +39,7 @@ const WORKERS: &[(&[&str], &[&str])] = &[
     (&["train/worker"], &["libtorch"]),
     (&["adapter/worker"], &[]),
     (&["merge/worker"], &[]),
-    (&["onnx/worker"], &[]),
+    (&["onnx/worker"], &["onnxruntime"]),
     (
         &["llamacpp/engine", "gguf/llamacpp-test", "eval/worker"],
         &["onnxruntime", "cmake", "libclang"],

@@ -6,6 +6,7 @@
 mod builder;
 mod decoder;
 mod error;
+mod meant;
 pub mod proto;
 pub mod quantise;
 mod weights;
@@ -16,6 +17,7 @@ use checkpoint::config::Config;
 use checkpoint::weights::Weights;
 
 pub use error::Error;
+pub use meant::Meant;
 
 /// How weights are stored and what is computed in, by the names that Transformers.js has for them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,11 +71,13 @@ pub struct Quantisation {
     /// Bits of the embedding and the head: 4 or 8. In 4 they cost five times the error of all
     /// linear layers.
     pub head_bits: u32,
+    /// Of 4 bits: a block's range is looked for, and not that of its values.
+    pub search: bool,
 }
 
 impl Default for Quantisation {
     fn default() -> Self {
-        Self { block: 32, symmetric: true, head_bits: 8 }
+        Self { block: 32, symmetric: true, head_bits: 8, search: false }
     }
 }
 

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use crate::builder::{Attr, Builder, Place};
 use crate::proto::data_type::{FLOAT, FLOAT16, UINT8};
-use crate::quantise::Scheme;
+use crate::quantise::{Scheme, Schemes};
 use crate::{Dtype, Error, Options};
 
 /// `MatMulNBits` computes in f32: the one level that gives the same tokens on every device.
@@ -68,10 +68,7 @@ pub struct Writer<'a> {
     pub b: Builder,
     weights: &'a Weights,
     dtype: Dtype,
-    /// Of linear layers, where they are quantised.
-    linear: Option<Scheme>,
-    /// Of the embedding and the head.
-    head: Option<Scheme>,
+    schemes: Schemes,
     /// Bytes of the embedding, of linear layers, of all else.
     pub sizes: [u64; 3],
 }
@@ -108,22 +105,8 @@ impl<'a> Writer<'a> {
         width: usize,
         options: Options,
     ) -> Result<Self, Error> {
-        let Options { dtype, quantisation, .. } = options;
-        let scheme = |bits, block| Scheme {
-            bits,
-            block,
-            symmetric: quantisation.symmetric,
-            half_scales: dtype.is_half(),
-        };
-        let (mut linear, mut head) = (None, None);
-        if let Some(bits) = dtype.bits() {
-            // The lookup wants rows of whole blocks.
-            let block = [quantisation.block, 32].into_iter().find(|b| width.is_multiple_of(*b));
-            let block = block.ok_or(Error::Width(width))?;
-            linear = Some(scheme(bits, quantisation.block));
-            head = Some(scheme(quantisation.head_bits, block));
-        }
-        Ok(Self { b, weights, dtype, linear, head, sizes: [0; 3] })
+        let schemes = Schemes::new(width, options)?;
+        Ok(Self { b, weights, dtype: options.dtype, schemes, sizes: [0; 3] })
     }
 
     /// The type that layers compute in.
@@ -177,7 +160,7 @@ impl<'a> Writer<'a> {
     ) -> Result<String, Error> {
         let matrix = Matrix::new(self.weights, parts)?;
         let product = if biases.is_empty() { name.to_string() } else { format!("{name}.product") };
-        self.product(&product, x, &format!("{name}.weight"), &matrix, self.linear)?;
+        self.product(&product, x, &format!("{name}.weight"), &matrix, self.schemes.linear)?;
         for (part, _) in parts {
             self.weights.let_go(part);
         }
@@ -222,7 +205,7 @@ impl<'a> Writer<'a> {
     pub fn embedding(&mut self, name: &str, tensor: &str, tied: bool) -> Result<Embedding, Error> {
         let matrix = Matrix::new(self.weights, &[(tensor.to_string(), None)])?;
         let (v, h) = (matrix.n, matrix.k);
-        let Some(scheme) = self.head else {
+        let Some(scheme) = self.schemes.head else {
             self.rows("embed_tokens", &matrix)?;
             self.weights.let_go(tensor);
             self.b.node("Gather", name, &["embed_tokens", "input_ids"], &[]);
@@ -273,7 +256,7 @@ impl<'a> Writer<'a> {
     /// x · Wᵀ with a head of its own.
     pub fn own_head(&mut self, name: &str, x: &str, tensor: &str) -> Result<(), Error> {
         let matrix = Matrix::new(self.weights, &[(tensor.to_string(), None)])?;
-        self.product(name, x, "logits.weight", &matrix, self.head)?;
+        self.product(name, x, "logits.weight", &matrix, self.schemes.head)?;
         self.weights.let_go(tensor);
         Ok(())
     }

@@ -24,6 +24,12 @@ pub struct Export {
     /// Where weights are quantised, the bits of the embedding and the head: 8 or 4.
     #[serde(default = "eight")]
     pub head_bits: u32,
+    /// Where weights have 4 bits, how the range of a block is found.
+    #[serde(default)]
+    pub quality: Quality,
+    /// Whether the folder is opened in ONNX Runtime and held to what the checkpoint computes.
+    #[serde(default = "yes")]
+    pub parity: bool,
 }
 
 fn four_thousand() -> u32 {
@@ -56,6 +62,16 @@ pub enum Dtype {
     Int8,
 }
 
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Quality {
+    /// From the values themselves, as ONNX Runtime's own quantiser does.
+    #[default]
+    Nearest,
+    /// Of many ranges, the one of the smallest squared error. Of the same size.
+    Searched,
+}
+
 impl Dtype {
     pub const fn name(self) -> &'static str {
         match self {
@@ -73,6 +89,7 @@ impl Step for Export {
     const ABOUT: &'static str = "A model as Transformers.js and ONNX Runtime read it.";
     const INPUTS: &'static [InputDef] = &[InputDef::one("model", &[Kind::Model])];
     const OUTPUT: Kind = Kind::OnnxModel;
+    const TOOLS: &'static [&'static str] = &["onnxruntime"];
 
     fn validate(&self) -> Result<(), ParamError> {
         if self.max_positions == 0 {
@@ -96,6 +113,12 @@ impl Step for Export {
             if self.head_bits != eight() {
                 return Err(none("head_bits"));
             }
+            if self.quality != Quality::Nearest {
+                return Err(none("quality"));
+            }
+        }
+        if self.quality == Quality::Searched && self.dtype == Dtype::Int8 && self.head_bits == 8 {
+            return Err(ParamError::at("quality", "of 8 bits there is nothing to search for"));
         }
         Ok(())
     }
@@ -133,6 +156,8 @@ mod tests {
             (json!({"dtype": "q4", "block_size": 48}), "32 and 128 run everywhere"),
             (json!({"dtype": "int8", "head_bits": 16}), "quantised to 4 or 8 bits"),
             (json!({"dtype": "fp16", "symmetric": false}), "fp16 has no quantised weights"),
+            (json!({"dtype": "fp16", "quality": "searched"}), "fp16 has no quantised weights"),
+            (json!({"dtype": "int8", "quality": "searched"}), "nothing to search for"),
             (json!({"dtype": "fp32", "head_bits": 4}), "fp32 has no quantised weights"),
         ] {
             let error = wrong(params).unwrap();

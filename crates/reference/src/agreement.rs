@@ -18,8 +18,9 @@ impl Agreement {
             sum += kl(&expected, &found);
             same += usize::from(top(&expected) == top(&found));
         }
-        // What is below zero is rounding.
-        let kl = (sum / positions as f64).max(0.0);
+        let kl = sum / positions as f64;
+        // What is below zero is rounding; what is no number stays none.
+        let kl = if kl < 0.0 { 0.0 } else { kl };
         Self { kl, top1: same as f64 / positions as f64 }
     }
 }
@@ -66,5 +67,6 @@ mod tests {
         let found = Agreement::of(&even[..2], &odd, 2);
         assert!((found.kl - 0.143_841).abs() < 1e-6, "{}", found.kl);
         assert_eq!(found.top1, 0.0);
+        assert!(Agreement::of(&even[..2], &[f32::NAN, 0.0], 2).kl.is_nan());
     }
 }

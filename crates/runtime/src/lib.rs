@@ -46,12 +46,12 @@ impl Runtime {
             .build()
             .map_err(|e| load(e.to_string()))?;
         environment.set_log_level(ort::logging::LogLevel::Error);
-        let runtime = Runtime { environment, version: version(ort::info()) };
+        let runtime = Runtime { environment, version: version(&library, ort::info()) };
         *loaded = Some((library, runtime.clone()));
         Ok(runtime)
     }
 
-    /// `1.30.0`, as the library tells.
+    /// `1.30.0`
     pub fn version(&self) -> &str {
         &self.version
     }
@@ -86,8 +86,13 @@ fn library_at(path: &Path) -> Result<PathBuf, Error> {
     }
 }
 
-/// The version out of the build info: `ORT Build Info: git-branch=rel-1.30.0, git-commit-id=…`.
-fn version(info: &str) -> String {
+/// The version that the library's file is named by, else the branch that it says it was built from:
+/// `libonnxruntime.so.1.30.0`, `ORT Build Info: git-branch=rel-1.30.0, git-commit-id=…`.
+fn version(library: &Path, info: &str) -> String {
+    let name = library.file_name().unwrap_or_default().to_string_lossy();
+    if let Some((_, version)) = name.split_once(".so.") {
+        return version.into();
+    }
     let branch = info.split("git-branch=").nth(1).and_then(|s| s.split(',').next());
     branch.unwrap_or(info).trim().trim_start_matches("rel-").to_string()
 }

@@ -140,6 +140,23 @@ impl Model {
         self.forward(&rows.concat(), &mut cache, first.len())
     }
 
+    /// The logits after the last `of` tokens, of which the last `alone` are read one by one on top of
+    /// the cache, as an answer is: [of, vocab].
+    pub fn logits_with_cache(
+        &mut self,
+        ids: &[u32],
+        of: usize,
+        alone: usize,
+    ) -> Result<Vec<f32>, Error> {
+        let (together, alone) = ids.split_at(ids.len().saturating_sub(alone).max(1).min(ids.len()));
+        let mut cache = self.cache(1)?;
+        let mut all = self.forward(together, &mut cache, of.min(together.len()))?;
+        for id in alone {
+            all.extend(self.forward(&[*id], &mut cache, 1)?);
+        }
+        Ok(all.split_off(all.len().saturating_sub(of * self.vocab)))
+    }
+
     /// An empty cache.
     pub(crate) fn cache(&self, batch: usize) -> Result<Cache, Error> {
         let empty = |port: &CachePort| {

@@ -5,28 +5,19 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use checkpoint::chat::Tokenizer;
 use checkpoint::config::Config;
-use onnx::export::{Dtype, Export};
+use onnx::export::{Dtype, Export, Quality};
 use serde_json::{Value, json};
 use step::Failure;
 use step::worker::{Job, Progress};
+
+use crate::parity;
 
 pub fn run(job: &Job) -> Result<()> {
     let params: Export = job.params()?;
     let model = &job.input("model")?.path;
     let config = Config::read(model).map_err(Failure::from)?;
-    let dtype = match params.dtype {
-        Dtype::Fp32 => graph::Dtype::Fp32,
-        Dtype::Fp16 => graph::Dtype::Fp16,
-        Dtype::Q4 => graph::Dtype::Q4,
-        Dtype::Q4f16 => graph::Dtype::Q4f16,
-        Dtype::Int8 => graph::Dtype::Int8,
-    };
-    let quantisation = graph::Quantisation {
-        block: params.block_size as usize,
-        symmetric: params.symmetric,
-        head_bits: params.head_bits,
-    };
-    let max_positions = config.max_positions.min(params.max_positions as usize);
+    let options = options(&params, &config);
+    let max_positions = options.max_positions;
     if max_positions < config.max_positions {
         job.note(format!(
             "the graph reads {max_positions} positions, the model {}; `max_positions` sets it",
@@ -36,7 +27,6 @@ pub fn run(job: &Job) -> Result<()> {
 
     let onnx = job.out().join("onnx");
     std::fs::create_dir(&onnx).with_context(|| format!("cannot create {}", onnx.display()))?;
-    let options = graph::Options { dtype, quantisation, max_positions, chunk: graph::CHUNK };
     let written = graph::write(model, &onnx, options, &mut |done, total| {
         job.progress(Progress {
             phase: format!("writing {}", params.dtype.name()),
@@ -55,6 +45,10 @@ pub fn run(job: &Job) -> Result<()> {
     write_generation_config(model, job.out(), &ends)?;
     write_genai_config(job.out(), &config, &graph_name, max_positions, &ends)?;
 
+    if params.parity {
+        parity::check(job, &config, options)?;
+    }
+
     let total = written.embedding + written.linear + written.other;
     job.metric("bytes", total as f64);
     job.metric("bits_per_weight", total as f64 * 8.0 / config.parameters() as f64);
@@ -64,6 +58,24 @@ pub fn run(job: &Job) -> Result<()> {
         job.metric(&format!("bytes_{part}"), bytes as f64);
     }
     Ok(())
+}
+
+pub(crate) fn options(params: &Export, config: &Config) -> graph::Options {
+    let dtype = match params.dtype {
+        Dtype::Fp32 => graph::Dtype::Fp32,
+        Dtype::Fp16 => graph::Dtype::Fp16,
+        Dtype::Q4 => graph::Dtype::Q4,
+        Dtype::Q4f16 => graph::Dtype::Q4f16,
+        Dtype::Int8 => graph::Dtype::Int8,
+    };
+    let quantisation = graph::Quantisation {
+        block: params.block_size as usize,
+        symmetric: params.symmetric,
+        head_bits: params.head_bits,
+        search: params.quality == Quality::Searched,
+    };
+    let max_positions = config.max_positions.min(params.max_positions as usize);
+    graph::Options { dtype, quantisation, max_positions, chunk: graph::CHUNK }
 }
 
 /// The model's own config.json, with what Transformers.js wants to know of the graph beside it.
@@ -156,7 +168,7 @@ fn write(path: &Path, value: &Value) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::collections::BTreeMap;
     use std::path::PathBuf;
 
@@ -193,12 +205,15 @@ mod tests {
         dir
     }
 
-    fn export(dir: &Path, model: &Path, params: Value, out: &str) -> Result<PathBuf, String> {
+    /// A job that exports `model` to the folder `out` in `dir`.
+    pub(crate) fn job(dir: &Path, model: &Path, params: Value, out: &str) -> Job {
         let folder = |name: &str| {
             let path = dir.join(name);
             std::fs::create_dir_all(&path).unwrap();
             path
         };
+        let library = std::env::var_os("ORT_DYLIB_PATH")
+            .expect("ORT_DYLIB_PATH: libonnxruntime, or the folder that it lies in");
         let input = Input {
             label: "merged".into(),
             kind: Kind::Model,
@@ -214,12 +229,16 @@ mod tests {
             out: folder(out),
             report: folder("report"),
             scratch: folder("scratch"),
-            tools: BTreeMap::new(),
+            tools: BTreeMap::from([("onnxruntime".into(), library.into())]),
             threads: 1,
         };
-        let out = request.out.clone();
-        run(&Job::new(request, std::io::sink())).map_err(|e| format!("{e:#}"))?;
-        Ok(out)
+        Job::new(request, std::io::sink())
+    }
+
+    fn export(dir: &Path, model: &Path, params: Value, out: &str) -> Result<PathBuf, String> {
+        let job = job(dir, model, params, out);
+        run(&job).map_err(|e| format!("{e:#}"))?;
+        Ok(job.out().into())
     }
 
     fn wave(i: usize) -> f32 {

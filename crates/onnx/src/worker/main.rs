@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 mod export;
+mod parity;
 
 fn main() -> ExitCode {
     step::worker::main(&[("onnx/export", export::run)])
