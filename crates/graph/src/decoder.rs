@@ -18,7 +18,7 @@ use checkpoint::weights::Weights;
 use crate::builder::{Attr, Builder, Dim};
 use crate::proto::data_type::{FLOAT, INT32, INT64};
 use crate::weights::{Embedding, Writer};
-use crate::{Error, Options, Written};
+use crate::{Error, Options, Sizes, Written};
 
 pub fn write(
     config: &Config,
@@ -62,7 +62,7 @@ pub fn write(
 
     let [embedding, linear, other] = g.w.sizes;
     let (graph, chunks) = g.w.b.finish()?;
-    Ok(Written { graph, chunks, embedding, linear, other })
+    Ok(Written { graph, chunks, sizes: Sizes { embedding, linear, other } })
 }
 
 struct Graph<'a> {

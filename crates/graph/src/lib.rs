@@ -9,6 +9,7 @@ mod error;
 mod meant;
 pub mod proto;
 pub mod quantise;
+mod sizes;
 mod weights;
 
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ use checkpoint::weights::Weights;
 
 pub use error::Error;
 pub use meant::Meant;
+pub use sizes::Sizes;
 
 /// How weights are stored and what is computed in, by the names that Transformers.js has for them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +37,9 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// The largest first.
+    pub const ALL: [Dtype; 5] = [Dtype::Fp32, Dtype::Fp16, Dtype::Int8, Dtype::Q4, Dtype::Q4f16];
+
     /// What stands after `model` in a file's name.
     pub const fn suffix(self) -> &'static str {
         match self {
@@ -101,10 +106,7 @@ pub struct Written {
     pub graph: PathBuf,
     /// Files of external data: `model_q4.onnx_data`, `model_q4.onnx_data_1` …
     pub chunks: usize,
-    /// Bytes of the embedding (with a tied head), of the linear layers, of all else.
-    pub embedding: u64,
-    pub linear: u64,
-    pub other: u64,
+    pub sizes: Sizes,
 }
 
 /// Writes the graph of the Hugging Face folder `model` into the folder `to`.

@@ -49,7 +49,7 @@ pub fn write(
         let bits = bytes as f64 * 8.0 / config.parameters() as f64;
         _ = writeln!(text, "| {} | {bytes} | {bits:.2} |", quant.name());
     }
-    text += "\n| tensor | shape | type |\n|---|---|---|\n";
+    text += "\n## Tensor by tensor\n\n| tensor | shape | type |\n|---|---|---|\n";
     for Tensor { info, .. } in tensors {
         _ = writeln!(text, "| {} | {:?} | {} |", info.name, info.shape, info.kind.name());
     }

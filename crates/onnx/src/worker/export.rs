@@ -1,10 +1,12 @@
 //! `onnx/export`: the graph, and around it the folder that Transformers.js expects.
 
+use std::fmt::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use checkpoint::chat::Tokenizer;
 use checkpoint::config::Config;
+use graph::Sizes;
 use onnx::export::{Dtype, Export, Quality};
 use serde_json::{Value, json};
 use step::Failure;
@@ -49,25 +51,52 @@ pub fn run(job: &Job) -> Result<()> {
         parity::check(job, &config, options)?;
     }
 
-    let total = written.embedding + written.linear + written.other;
-    job.metric("bytes", total as f64);
-    job.metric("bits_per_weight", total as f64 * 8.0 / config.parameters() as f64);
-    for (part, bytes) in
-        [("embedding", written.embedding), ("linear", written.linear), ("other", written.other)]
-    {
+    let Sizes { embedding, linear, other } = written.sizes;
+    let total = written.sizes.all() as f64;
+    job.metric("bytes", total);
+    job.metric("bits_per_weight", total * 8.0 / config.parameters() as f64);
+    for (part, bytes) in [("embedding", embedding), ("linear", linear), ("other", other)] {
         job.metric(&format!("bytes_{part}"), bytes as f64);
     }
-    Ok(())
+    let report = report(&config, written.sizes, options)?;
+    Ok(std::fs::write(job.report().join("report.md"), report)?)
 }
 
+/// Where the bytes are, and what the model would weigh in other types.
+fn report(config: &Config, sizes: Sizes, options: graph::Options) -> Result<String, Failure> {
+    let all = sizes.all();
+    let mut text = format!("# ONNX\n\n{all} bytes of tensors.\n\n| part | bytes | share |\n");
+    text += "|---|---:|---:|\n";
+    let parts = [
+        (if config.tied { "embedding and head" } else { "embedding" }, sizes.embedding),
+        (if config.tied { "linear layers" } else { "linear layers and head" }, sizes.linear),
+        ("norms, biases, rotary tables", sizes.other),
+    ];
+    for (part, bytes) in parts {
+        let share = bytes as f64 / all as f64 * 100.0;
+        _ = writeln!(text, "| {part} | {bytes} | {share:.1} % |");
+    }
+    text += "\nThey would weigh\n\n| dtype | bytes | bits a weight |\n|---|---:|---:|\n";
+    for (dtype, ours) in DTYPES {
+        let bytes = Sizes::of(config, graph::Options { dtype: ours, ..options })?.all();
+        let bits = bytes as f64 * 8.0 / config.parameters() as f64;
+        _ = writeln!(text, "| {} | {bytes} | {bits:.2} |", dtype.name());
+    }
+    Ok(text)
+}
+
+/// The largest first.
+const DTYPES: [(Dtype, graph::Dtype); 5] = [
+    (Dtype::Fp32, graph::Dtype::Fp32),
+    (Dtype::Fp16, graph::Dtype::Fp16),
+    (Dtype::Int8, graph::Dtype::Int8),
+    (Dtype::Q4, graph::Dtype::Q4),
+    (Dtype::Q4f16, graph::Dtype::Q4f16),
+];
+
 pub(crate) fn options(params: &Export, config: &Config) -> graph::Options {
-    let dtype = match params.dtype {
-        Dtype::Fp32 => graph::Dtype::Fp32,
-        Dtype::Fp16 => graph::Dtype::Fp16,
-        Dtype::Q4 => graph::Dtype::Q4,
-        Dtype::Q4f16 => graph::Dtype::Q4f16,
-        Dtype::Int8 => graph::Dtype::Int8,
-    };
+    let known = DTYPES.iter().find(|(dtype, _)| *dtype == params.dtype);
+    let dtype = known.expect("each has a graph's").1;
     let quantisation = graph::Quantisation {
         block: params.block_size as usize,
         symmetric: params.symmetric,
