@@ -9,13 +9,12 @@ use checkpoint::chat::{Message, Template, Tokenizer};
 use checkpoint::config::Config;
 use checkpoint::names;
 use checkpoint::weights::Weights;
-use half::{bf16, f16};
 use llamacpp::{Attention, Error, Model};
 use serde_json::json;
 
 use super::{config, exported, model};
-use crate::encode;
 use crate::format::{Type, Value};
+use crate::{decode, encode};
 
 /// Row-major, \[rows\]\[columns\].
 type Matrix = Vec<Vec<f64>>;
@@ -106,22 +105,9 @@ impl Plain {
 fn rounded(row: &[f32], kind: Type) -> Vec<f64> {
     let mut bytes = vec![0; kind.row_bytes(row.len())];
     encode::rows(row, kind, &mut bytes).unwrap();
-    let two = |b: &[u8]| [b[0], b[1]];
-    let f16 = |b: &[u8]| f64::from(f16::from_le_bytes(two(b)).to_f32());
-    match kind {
-        Type::F32 => row.iter().map(|x| f64::from(*x)).collect(),
-        Type::F16 => bytes.chunks(2).map(f16).collect(),
-        Type::BF16 => {
-            bytes.chunks(2).map(|b| f64::from(bf16::from_le_bytes(two(b)).to_f32())).collect()
-        }
-        Type::Q8_0 => {
-            let block = |b: &[u8]| {
-                let scale = f16(b);
-                b[2..].iter().map(|q| scale * f64::from(*q as i8)).collect::<Vec<_>>()
-            };
-            bytes.chunks(34).flat_map(block).collect()
-        }
-    }
+    let mut back = vec![0.0; row.len()];
+    decode::rows(&bytes, kind, &mut back);
+    back.into_iter().map(f64::from).collect()
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
