@@ -1,62 +1,13 @@
 // The built page as a visitor sees it: isolation, streaming, no other host, and the very answers
 // that the evaluation had from ONNX Runtime. Each device gets a fresh page: a session that fails
 // once spoils those after it.
-import { spawn, spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';
-import readline from 'node:readline';
-import sparticuz from '@sparticuz/chromium';
-import { chromium } from 'playwright-core';
+import { DEMO, MINUTE, check, compileServer, launch, need, run, serve } from './page.mjs';
 
-const DEMO = process.env.ANNEAL_DEMO ?? 'artifacts/demo';
 const MODEL = 'onnx-int4';
 const SHOTS = 'target/browser';
 const PROMPTS = { wasm: 20, webgpu: 5 };
-// SwiftShader does WebGPU on the CPU. A name that is not ours does not resolve.
-const FLAGS = [
-  '--headless=shell', '--no-sandbox', '--disable-quic', '--no-first-run',
-  '--disable-background-networking', '--disable-component-update', '--disable-sync',
-  '--enable-unsafe-webgpu', '--use-webgpu-adapter=swiftshader', '--enable-features=Vulkan',
-  '--use-vulkan=swiftshader', '--ignore-gpu-blocklist',
-  '--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1',
-];
-const MINUTE = 60_000;
-
-const failures = [];
-const children = [];
-
-function check(what, same, detail = '') {
-  console.log(`${same ? 'ok      ' : 'FAILED  '}${what}${same || !detail ? '' : `\n        ${detail}`}`);
-  if (!same) failures.push(what);
-}
-
-function need(file, hint) {
-  if (fs.existsSync(file)) return file;
-  console.error(`error: ${file} is not there\nhint: ${hint}`);
-  process.exit(1);
-}
-
-/** The server's binary, built as `cargo xtask serve` builds it. */
-function compile() {
-  const args = ['build', '--release', '--locked', '--package', 'serve', '--features', 'worker',
-    '--bin', 'serve-worker', '--message-format', 'json-render-diagnostics'];
-  const cargo = spawnSync('cargo', args, { stdio: ['ignore', 'pipe', 'inherit'], maxBuffer: 1 << 28 });
-  const built = String(cargo.stdout).split('\n').filter(Boolean).map((line) => JSON.parse(line))
-    .find((m) => m.target?.name === 'serve-worker' && m.executable);
-  if (cargo.status !== 0 || !built) throw new Error('serve-worker does not compile');
-  return built.executable;
-}
-
-async function serve(binary, ...options) {
-  const child = spawn(binary, [`${DEMO}/site`, '--port', '0', ...options], {
-    stdio: ['ignore', 'pipe', 'inherit'],
-  });
-  children.push(child);
-  for await (const line of readline.createInterface({ input: child.stdout })) {
-    return JSON.parse(line).listening;
-  }
-  throw new Error('serve-worker does not start');
-}
 
 /** A fresh page and what it asked for, failed at, and said. */
 async function visit(browser, url, prepare = async () => {}) {
@@ -182,7 +133,7 @@ async function afterDeath(browser, host) {
   await context.close();
 }
 
-async function main() {
+await run('browser', async () => {
   const hint = 'run `cargo xtask build demo` first';
   need(`${DEMO}/site/index.html`, hint);
   const report = JSON.parse(fs.readFileSync(need(`${DEMO}/eval/eval.json`, hint)));
@@ -190,12 +141,10 @@ async function main() {
   check(`eval.json holds ${PROMPTS.wasm} prompts with answers of ${MODEL}`,
     examples.length === PROMPTS.wasm && examples.every((e) => typeof e.answers[MODEL] === 'string'));
   fs.mkdirSync(SHOTS, { recursive: true });
-  const binary = compile();
-  const host = await serve(binary);
-  const bare = await serve(binary, '--no-isolation');
-  const executablePath = await sparticuz.executablePath();
-  const browser = await chromium.launch({ executablePath, args: FLAGS, timeout: 2 * MINUTE });
-  console.log(`        Chromium ${browser.version()}`);
+  const binary = compileServer();
+  const host = await serve(binary, `${DEMO}/site`);
+  const bare = await serve(binary, `${DEMO}/site`, '--no-isolation');
+  const browser = await launch();
   try {
     await onDevice(browser, host, 'wasm', examples);
     await onDevice(browser, host, 'webgpu', examples);
@@ -204,14 +153,4 @@ async function main() {
   } finally {
     await browser.close();
   }
-}
-
-try {
-  await main();
-} catch (error) {
-  check('the checks run to their end', false, error.stack);
-} finally {
-  for (const child of children) child.kill();
-}
-console.log(`\n${failures.length ? `FAILED: ${failures.join(', ')}` : 'browser: all as it should be'}`);
-process.exit(failures.length ? 1 : 0);
+});

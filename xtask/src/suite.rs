@@ -24,7 +24,7 @@ pub enum Stage {
     Demo,
     /// Our files in other people's readers: transformers, PEFT, ONNX Runtime, llama.cpp.
     Interop,
-    /// The page in headless Chromium, on WASM and WebGPU.
+    /// The page, and each architecture's graphs, in headless Chromium, on WASM and WebGPU.
     Browser,
 }
 
@@ -116,7 +116,11 @@ fn run_stage(sh: &Shell, root: &Path, stage: Stage) -> anyhow::Result<()> {
         )
         .run()?,
         Stage::Interop => cmd!(sh, "bash tests/interop/run.sh").run()?,
-        Stage::Browser => cmd!(sh, "bash tests/browser/run.sh").run()?,
+        Stage::Browser => {
+            let engine = engine::Engine::open(root, crate::registry::REGISTRY)?;
+            let _env = with_tools(sh, &engine, &["onnxruntime"])?;
+            cmd!(sh, "bash tests/browser/run.sh").run()?;
+        }
     }
     Ok(())
 }
