@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// A build system for fine-tuned small language models: from the row of data to the page in the
@@ -172,31 +173,38 @@ pub enum Bench {
     Train {
         #[arg(long, value_enum, default_value_t = crate::bench::train::Device::Cpu)]
         device: crate::bench::train::Device,
-        /// Only cases with this in their names: `demo`, `bfloat16`.
-        #[arg(long, value_name = "TEXT")]
-        only: Option<String>,
-        /// How often each side is run; medians are told.
-        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
-        rounds: u64,
-        /// How many threads both may use; all there are, if not said.
-        #[arg(short = 'j', long, value_name = "N")]
-        threads: Option<usize>,
+        #[command(flatten)]
+        cases: Cases,
     },
     /// Merges and exports beside PEFT, ONNX Runtime GenAI and llama.cpp: time, memory, size.
     ///
     /// Weights are random. The first run makes models of 3 GB and installs the peers into
     /// target/bench-export, with pip and cmake.
     Export {
-        /// Only cases with this in their names: `270M`, `GGUF`.
-        #[arg(long, value_name = "TEXT")]
-        only: Option<String>,
-        /// How often each side is run; medians are told.
-        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
-        rounds: u64,
-        /// How many threads all may use; all there are, if not said.
-        #[arg(short = 'j', long, value_name = "N")]
-        threads: Option<usize>,
+        #[command(flatten)]
+        cases: Cases,
     },
+}
+
+/// Which cases of a benchmark, how often, with how much of the machine.
+#[derive(Debug, Args)]
+pub struct Cases {
+    /// Only cases with this in their names: `demo`, `270M`.
+    #[arg(long, value_name = "TEXT")]
+    pub only: Option<String>,
+    /// How often each side is run; medians are told.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    pub rounds: u64,
+    /// How many threads each side may use.
+    #[arg(short = 'j', long, value_name = "N", default_value_t = crate::bench::threads(),
+        value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub threads: usize,
+}
+
+impl Cases {
+    pub fn wants(&self, case: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| case.contains(only.as_str()))
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -35,14 +35,10 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             return build(&engine, &targets, options, json);
         }
         Command::Bench { what: Bench::Engine { gib } } => bench::engine(&root, gib)?,
-        Command::Bench { what: Bench::Train { device, only, rounds, threads } } => {
-            let threads = bench::threads(threads);
-            bench::train::run(&root, &bench::train::Options { device, only, rounds, threads })?;
+        Command::Bench { what: Bench::Train { device, cases } } => {
+            bench::train::run(&root, device, &cases)?;
         }
-        Command::Bench { what: Bench::Export { only, rounds, threads } } => {
-            let threads = bench::threads(threads);
-            bench::export::run(&root, &bench::export::Options { only, rounds, threads })?;
-        }
+        Command::Bench { what: Bench::Export { cases } } => bench::export::run(&root, &cases)?,
         Command::Schema => println!("{:#}", schema::of_recipes(REGISTRY)),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "anneal", &mut std::io::stdout());
