@@ -113,6 +113,20 @@ pub enum Command {
         #[command(subcommand)]
         what: New,
     },
+    /// What stands beside a release: provenance, bill of materials, sizes and figures.
+    ///
+    /// Writes provenance.intoto.jsonl (an in-toto statement with SLSA provenance for each action of the
+    /// chain), bom.cdx.json (CycloneDX 1.6), release.json and release.md.
+    Release {
+        #[command(flatten)]
+        targets: Targets,
+        /// Where to; `artifacts/<recipe>.release`, if not said.
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+        /// The release.json of an earlier release, to be compared with; the one in DIR, if not said.
+        #[arg(long, value_name = "FILE")]
+        against: Option<PathBuf>,
+    },
     /// Measure Anneal beside other tools, in the same run.
     Bench {
         #[command(subcommand)]

@@ -2,6 +2,7 @@
 
 mod diff;
 mod doctor;
+mod release;
 mod show;
 
 use std::collections::BTreeMap;
@@ -39,6 +40,11 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             bench::train::run(&root, device, &cases)?;
         }
         Command::Bench { what: Bench::Export { cases } } => bench::export::run(&root, &cases)?,
+        Command::Release { targets, out, against } => {
+            let engine = open(&root)?;
+            let graph = resolve(&engine, &targets)?;
+            release::run(&engine, &graph, out.as_deref(), against.as_deref(), json)?;
+        }
         Command::Schema => println!("{:#}", schema::of_recipes(REGISTRY)),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "anneal", &mut std::io::stdout());
