@@ -120,12 +120,21 @@ pub enum Command {
     Release {
         #[command(flatten)]
         targets: Targets,
-        /// Where to; `artifacts/<recipe>.release`, if not said.
-        #[arg(long, value_name = "DIR")]
-        out: Option<PathBuf>,
-        /// The release.json of an earlier release, to be compared with; the one in DIR, if not said.
-        #[arg(long, value_name = "FILE")]
-        against: Option<PathBuf>,
+        #[command(flatten)]
+        documents: Documents,
+    },
+    /// A release as CI makes it: restore, make what is stale and cheap, verify, tell.
+    ///
+    /// In GitHub Actions the steps are groups of the log, and sizes and figures beside those of the last
+    /// release stand in the run's summary.
+    Ci {
+        #[command(flatten)]
+        targets: Targets,
+        /// Train, too, where nobody has trained yet.
+        #[arg(long)]
+        train: bool,
+        #[command(flatten)]
+        documents: Documents,
     },
     /// Measure Anneal beside other tools, in the same run.
     Bench {
@@ -162,6 +171,17 @@ impl Targets {
             words => words.to_vec(),
         }
     }
+}
+
+/// Where the documents of a release go, and what its figures stand beside.
+#[derive(Debug, Args)]
+pub struct Documents {
+    /// Where provenance, bill of materials and figures go; `artifacts/<recipe>.release`, if not said.
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// The release.json of an earlier release, to be compared with; the one in DIR, if not said.
+    #[arg(long, value_name = "FILE")]
+    pub against: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

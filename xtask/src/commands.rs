@@ -1,5 +1,6 @@
 //! One function a command.
 
+mod ci;
 mod diff;
 mod doctor;
 mod release;
@@ -30,7 +31,8 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::New { what: New::Recipe { name } } => scaffold::recipe(&root, &name)?,
         Command::Test { stages } => return suite::run(&root, &stages),
         Command::Build { targets, keep_going, threads, no_sandbox } => {
-            let options = Options { keep_going, threads, words: targets.words() };
+            let options =
+                Options { keep_going, threads, words: targets.words(), ..Options::default() };
             let engine = open(&root)?;
             let engine = if no_sandbox { engine.unconfined() } else { engine };
             return build(&engine, &targets, options, json);
@@ -40,10 +42,14 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             bench::train::run(&root, device, &cases)?;
         }
         Command::Bench { what: Bench::Export { cases } } => bench::export::run(&root, &cases)?,
-        Command::Release { targets, out, against } => {
+        Command::Release { targets, documents } => {
             let engine = open(&root)?;
             let graph = resolve(&engine, &targets)?;
-            release::run(&engine, &graph, out.as_deref(), against.as_deref(), json)?;
+            let release = release::write(&engine, &graph, &documents)?;
+            release.print(json);
+        }
+        Command::Ci { targets, train, documents } => {
+            return ci::run(&open(&root)?, &targets, train, &documents);
         }
         Command::Schema => println!("{:#}", schema::of_recipes(REGISTRY)),
         Command::Completions { shell } => {

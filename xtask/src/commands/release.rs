@@ -1,39 +1,46 @@
 //! `release`: the documents of what was built.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use engine::{Engine, Graph};
 use serde_json::json;
 use step::Failure;
 
+use crate::cli::Documents;
 use crate::release::{self, Figures};
 
-pub fn run(
-    engine: &Engine,
-    graph: &Graph,
-    out: Option<&Path>,
-    against: Option<&Path>,
-    json: bool,
-) -> anyhow::Result<()> {
+/// What was written.
+pub struct Release {
+    pub folder: PathBuf,
+    figures: Figures,
+    before: Option<Figures>,
+}
+
+pub fn write(engine: &Engine, graph: &Graph, documents: &Documents) -> anyhow::Result<Release> {
     let made = release::collect(engine, graph)?;
-    let dir = match out {
-        Some(dir) => dir.to_path_buf(),
+    let folder = match &documents.out {
+        Some(folder) => folder.clone(),
         None => folder(engine, graph)?,
     };
-    let last = dir.join(Figures::FILE);
-    let before = match against {
+    let last = folder.join(Figures::FILE);
+    let before = match &documents.against {
         Some(path) => Some(Figures::read(path)?),
         None if last.exists() => Some(Figures::read(&last)?),
         None => None,
     };
-    let figures = release::write(&made, before.as_ref(), &dir)?;
-    if json {
-        println!("{}", json!({"folder": dir, "figures": figures}));
-    } else {
-        print!("{}", figures.to_table(before.as_ref()));
-        println!("\n{}: provenance, bill of materials, figures", dir.display());
+    let figures = release::write(&made, before.as_ref(), &folder)?;
+    Ok(Release { folder, figures, before })
+}
+
+impl Release {
+    pub fn print(&self, json: bool) {
+        if json {
+            println!("{}", json!({"folder": self.folder, "figures": self.figures}));
+            return;
+        }
+        print!("{}", self.figures.to_table(self.before.as_ref()));
+        println!("\n{}: provenance, bill of materials, figures", self.folder.display());
     }
-    Ok(())
 }
 
 /// Beside the links of the recipe.
