@@ -82,8 +82,23 @@ pub enum Command {
         #[arg(long, default_value = "127.0.0.1")]
         host: String,
     },
-    /// Pin outside sources to a commit, sizes and hashes, in the recipe's lock file.
-    Lock(Targets),
+    /// Pin what cannot be made here, in the recipe's lock file: outside sources, and results.
+    ///
+    /// Sources are pinned to a commit, sizes and hashes. Of what is built, the results of steps that
+    /// use the network or an accelerator, or promise a tolerance only, are pinned by digest: that is
+    /// how others take them (see `nix build`).
+    Lock {
+        #[command(flatten)]
+        targets: Targets,
+        /// Only tell whether recipes and files still say what pinned results were made of.
+        #[arg(long)]
+        check: bool,
+    },
+    /// What the derivations of flake.nix call. `nix build .#demo-site` is what people type.
+    Nix {
+        #[command(subcommand)]
+        what: Nix,
+    },
     /// Hold the store to its digests; with --rebuild, steps to their promise of the same bytes.
     Verify {
         #[command(flatten)]
@@ -155,6 +170,45 @@ pub enum Command {
 
 fn size(text: &str) -> Result<u64, String> {
     engine::gc::bytes(text).ok_or_else(|| "a size is a number and a unit, as `20 GB`".into())
+}
+
+/// `a=b`, the second part a path.
+fn pair(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, path) = text.split_once('=').ok_or("expected NAME=FOLDER")?;
+    Ok((name.into(), path.into()))
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Nix {
+    /// Make one target from inputs that were made elsewhere, with a worker that is there.
+    Make {
+        /// `recipe/target`.
+        target: String,
+        /// What another target made, and where it lies.
+        #[arg(long = "input", value_name = "TARGET=FOLDER", value_parser = pair)]
+        inputs: Vec<(String, PathBuf)>,
+        /// A tool, as `nix tool` has it.
+        #[arg(long = "tool", value_name = "NAME=FOLDER", value_parser = pair)]
+        tools: Vec<(String, PathBuf)>,
+        /// The program of the target's family.
+        #[arg(long, value_name = "PROGRAM")]
+        worker: PathBuf,
+        /// A folder that is not there yet.
+        #[arg(long, value_name = "FOLDER")]
+        out: PathBuf,
+    },
+    /// Fetch a pinned tool if need be, and say where it lies.
+    Tool { name: String },
+    /// A folder's digest, as results have it, and the SHA-256 of its Nix archive.
+    Digest { folder: PathBuf },
+    /// Write each pinned result as a Nix archive, to lie in the shared cache below `nar/`.
+    Export {
+        folder: PathBuf,
+        #[command(flatten)]
+        targets: Targets,
+    },
+    /// Write nix/pins.json: what the flake knows of steps and tools.
+    Pins,
 }
 
 #[derive(Debug, Args)]

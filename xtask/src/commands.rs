@@ -3,6 +3,7 @@
 mod ci;
 mod diff;
 mod doctor;
+mod nix;
 mod release;
 mod show;
 
@@ -63,7 +64,9 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Diff { a, b } => diff::run(&open(&root)?, &a, b.as_deref(), json)?,
         Command::Graph { targets, format } => graph(&open(&root)?, &targets, format)?,
         Command::Serve { target, port, host } => return serve(&open(&root)?, &target, &host, port),
-        Command::Lock(targets) => lock(&open(&root)?, &targets, json)?,
+        Command::Lock { targets, check: true } => return check(&open(&root)?, &targets, json),
+        Command::Lock { targets, check: false } => lock(&open(&root)?, &targets, json)?,
+        Command::Nix { what } => nix::run(&root, what)?,
         Command::Verify { targets, rebuild } => {
             return verify(&open(&root)?, &targets, rebuild, json);
         }
@@ -387,10 +390,44 @@ fn lock(engine: &Engine, targets: &Targets, json: bool) -> anyhow::Result<()> {
             println!("{}: {what}", one.id);
         }
     }
-    if locked.is_empty() && !json {
-        println!("nothing to pin: no outside source in these targets");
+    // With the new pins of sources.
+    let results = engine.lock_results(&resolve(engine, targets)?)?;
+    for one in &results {
+        let what = match (&one.before, &one.after) {
+            (None, _) => "pinned",
+            (Some(before), Some(after)) if before == after => "unchanged",
+            (Some(_), Some(_)) => "moved",
+            (Some(_), None) => "no longer pinned: it is not built as it stands",
+        };
+        if json {
+            println!("{}", json!({"target": one.id, "result": what, "pin": one.after}));
+        } else {
+            println!("{}: result {what}", one.id);
+        }
+    }
+    if locked.is_empty() && results.is_empty() && !json {
+        println!("nothing to pin: no outside source in these targets, and no result that needs it");
     }
     Ok(())
+}
+
+/// Whether pinned results are those of what is declared now.
+fn check(engine: &Engine, targets: &Targets, json: bool) -> anyhow::Result<ExitCode> {
+    let results = engine.locked_results(&resolve(engine, targets)?)?;
+    for (id, pin, current) in &results {
+        let what = if *current { "current" } else { "of another recipe or other files" };
+        if json {
+            println!("{}", json!({"target": id, "result": what, "pin": pin}));
+        } else {
+            println!("{id}: {what}");
+        }
+    }
+    if results.iter().all(|(_, _, current)| *current) {
+        return Ok(ExitCode::SUCCESS);
+    }
+    Err(Failure::input("pinned results are not those of what recipes say now")
+        .hint("build, then run `cargo xtask lock`")
+        .into())
 }
 
 fn verify(

@@ -3,6 +3,7 @@
 //! Prints nothing and reads no command line: it emits [`Event`]s. Knows no step by name: a
 //! [`Registry`] is handed to it.
 
+mod alone;
 mod build;
 mod capacity;
 pub mod code;
@@ -14,6 +15,7 @@ pub mod gc;
 pub mod graph;
 mod links;
 pub mod lock;
+pub mod nar;
 pub mod plan;
 mod process;
 pub mod resolve;
@@ -35,6 +37,7 @@ use std::time::SystemTime;
 use step::{Action, ActionKey, ActionResult, Failure};
 use store::Store;
 
+pub use alone::Given;
 pub use build::{Built, Options, Outcome};
 pub use event::Event;
 pub use fresh::Remembered;
