@@ -83,11 +83,12 @@ export function bytes(n) {
 /** Every file of the model and of its runtime, by the digest that the build knows it by. */
 function files({ model, vendor }) {
   const rows = [
-    ...model.files.map((file) => ({ ...file, folder: `models/${model.path}/` })),
-    ...vendor.files.map((file) => ({ ...file, folder: vendor.path })),
-  ].map(({ path, bytes: size, blake3, folder }) =>
+    ...model.files,
+    ...vendor.files.map((file) => ({ ...file, parts: [{ path: vendor.path + file.path }] })),
+  ].map(({ path, bytes: size, blake3, parts }) =>
     el('tr', {},
-      el('th', { scope: 'row' }, el('a', { href: folder + path }, path)),
+      el('th', { scope: 'row' },
+        parts.length === 1 ? el('a', { href: parts[0].path }, path) : `${path}, ${parts.length} parts`),
       el('td.number', {}, bytes(size)),
       el('td.digest', { title: blake3 }, blake3.slice(0, 16))));
   const head = el('tr', {}, el('th', { scope: 'col' }, 'file'),

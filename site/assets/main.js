@@ -54,7 +54,7 @@ async function isolate() {
 }
 
 async function start() {
-  const response = await fetch('site.json', { cache: 'no-cache' });
+  const response = await fetch(new URL('./site.json', import.meta.url));
   if (!response.ok) throw new Error(`site.json: ${response.status} ${response.statusText}`);
   site = await response.json();
   document.title = site.title;

@@ -2,6 +2,8 @@
 // Knows nothing of the page; `engine.js` is its other end.
 
 let transformers, tokenizer, model, stopFlag, limit;
+// Parts of a file on their way at once.
+const AHEAD = 6;
 
 const post = (type, rest = {}) => self.postMessage({ type, ...rest });
 
@@ -26,6 +28,7 @@ async function load({ base, site, device, dtype, threads, stop }) {
   env.allowRemoteModels = true;
   env.remoteHost = base;
   env.remotePathTemplate = 'models/{model}/';
+  env.fetch = assembling(site.model, base);
   await forget(env.cacheKey, new URL('models/', base).href, site.model.path);
 
   const { wasm } = env.backends.onnx;
@@ -75,6 +78,38 @@ function meter(site, device, dtype) {
     loaded.set(file, Math.min(bytes, sizes.get(file)));
     post('progress', { done: [...loaded.values()].reduce((a, b) => a + b, 0), total });
   };
+}
+
+/** A `fetch` that knows the model's files, each made of parts that lie under their own digests. */
+function assembling({ path, files }, base) {
+  const known = new Map(files.map((file) => [new URL(`models/${path}/${file.path}`, base).href, file]));
+  return async (url, options) => {
+    const file = known.get(String(url));
+    if (!file) return fetch(url, options);
+    const headers = { 'content-length': String(file.bytes) };
+    // It asks for a range only to learn the size.
+    if (new Headers(options?.headers).has('range')) return new Response(null, { headers });
+    const rest = file.parts.map((part) => new URL(part.path, base).href);
+    const coming = [];
+    const body = new ReadableStream({
+      async pull(controller) {
+        while (rest.length && coming.length < AHEAD) coming.push(part(rest.shift()));
+        if (coming.length) controller.enqueue(await coming.shift());
+        else controller.close();
+      },
+    });
+    return new Response(body, { headers });
+  };
+}
+
+function part(url) {
+  const bytes = fetch(url).then((response) => {
+    if (!response.ok) throw new Error(`${url}: ${response.status} ${response.statusText}`);
+    return response.bytes?.() ?? response.arrayBuffer().then((buffer) => new Uint8Array(buffer));
+  });
+  // One that fails while another is waited for is told of when its turn comes.
+  bytes.catch(() => {});
+  return bytes;
 }
 
 async function download(url, tell) {

@@ -45,10 +45,10 @@ fn crates_use_only_what_lies_below_them() {
             "graph" => &["step", "checkpoint"],
             "reference" => &["checkpoint"],
             "runtime" => &["step", "checkpoint", "graph"],
-            "llamacpp" | "s3" => &["step"],
+            "llamacpp" | "release" | "s3" => &["step"],
             "xtask" => return None,
             family if families.contains(&family) => {
-                &["step", "checkpoint", "graph", "reference", "runtime", "llamacpp"]
+                &["step", "checkpoint", "graph", "reference", "runtime", "llamacpp", "release"]
             }
             other => panic!(
                 "crates/{other} has no place in the house: give it one here and in ARCHITECTURE.md"

@@ -9,13 +9,11 @@ use std::process::ExitCode;
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::header::{
-    CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS,
-};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::middleware::{Next, from_fn};
 use axum::response::Response;
 use clap::Parser;
+use release::headers::{ALWAYS, FOR_EVER, content_type, is_hashed};
 use tokio::net::TcpListener;
 use tower_http::services::ServeDir;
 
@@ -117,40 +115,23 @@ fn site(dir: &Path, isolated: bool) -> Result<Router, Refusal> {
 }
 
 fn decorate(headers: &mut HeaderMap, status: StatusCode, path: &str, isolated: bool) {
-    let mut set = |name: HeaderName, value: &'static str| {
+    let mut set = |name: &str, value: &'static str| {
+        let name = HeaderName::try_from(name).expect("a header of ours");
         headers.insert(name, HeaderValue::from_static(value));
     };
-    if isolated {
-        set(HeaderName::from_static("cross-origin-opener-policy"), "same-origin");
-        set(HeaderName::from_static("cross-origin-embedder-policy"), "require-corp");
-        set(HeaderName::from_static("cross-origin-resource-policy"), "same-origin");
+    for (name, value) in ALWAYS {
+        if isolated || !name.starts_with("Cross-Origin-") {
+            set(name, value);
+        }
     }
-    set(X_CONTENT_TYPE_OPTIONS, "nosniff");
-    set(CACHE_CONTROL, cache_control(status, path));
-    if (status.is_success() || status == StatusCode::NOT_MODIFIED)
-        && let Some(kind) = content_type(path)
-    {
-        set(CONTENT_TYPE, kind);
-    }
-}
-
-/// What bears its hash in its name never changes; what does not may change with each build.
-fn cache_control(status: StatusCode, path: &str) -> &'static str {
-    let hashed = ["/assets/", "/models/", "/vendor/"].iter().any(|p| path.starts_with(p));
+    let path = path.trim_start_matches('/');
+    let path = if path.is_empty() { release::INDEX } else { path };
     let found = status.is_success() || status == StatusCode::NOT_MODIFIED;
-    if hashed && found { "public, max-age=31536000, immutable" } else { "no-store" }
-}
-
-/// The types that a page does not work without; the others are guessed well enough.
-fn content_type(path: &str) -> Option<&'static str> {
-    let name = path.rsplit('/').next().unwrap_or_default();
-    Some(match name.rsplit_once('.')?.1 {
-        "js" | "mjs" => "text/javascript",
-        "wasm" => "application/wasm",
-        "json" => "application/json",
-        "onnx" | "onnx_data" => "application/octet-stream",
-        _ => return None,
-    })
+    // What has no hash in its path may change with each build.
+    set("cache-control", if found && is_hashed(path) { FOR_EVER } else { "no-store" });
+    if found {
+        set("content-type", content_type(path));
+    }
 }
 
 #[cfg(test)]

@@ -45,11 +45,11 @@ fn header<'a>(response: &'a Response, name: &str) -> &'a str {
 #[tokio::test]
 async fn types_and_caching_are_those_a_page_needs() {
     for (path, kind, cache) in [
-        ("/", "text/html", "no-store"),
-        ("/index.html", "text/html", "no-store"),
+        ("/", "text/html; charset=utf-8", "no-store"),
+        ("/index.html", "text/html; charset=utf-8", "no-store"),
         ("/site.json", "application/json", "no-store"),
-        ("/assets/main.1f396ee0.js", "text/javascript", IMMUTABLE),
-        ("/vendor/bf86db2234e8ab83/ort.mjs", "text/javascript", IMMUTABLE),
+        ("/assets/main.1f396ee0.js", "text/javascript; charset=utf-8", IMMUTABLE),
+        ("/vendor/bf86db2234e8ab83/ort.mjs", "text/javascript; charset=utf-8", IMMUTABLE),
         ("/vendor/bf86db2234e8ab83/ort.wasm", "application/wasm", IMMUTABLE),
         (
             "/models/llama-72263b3aca0a1496/onnx/model_q4.onnx_data",

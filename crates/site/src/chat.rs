@@ -26,6 +26,9 @@ pub struct Chat {
     /// An answer that is longer is cut.
     #[serde(default = "max_new_tokens")]
     pub max_new_tokens: usize,
+    /// The model's licence, where nothing that it was made of names one: `apache-2.0`.
+    #[serde(default)]
+    pub license: Option<String>,
 }
 
 /// What an answer is, and so how the page shows it.
@@ -54,6 +57,8 @@ impl Step for Chat {
         InputDef::one("app", &[Kind::Files]),
         InputDef::one("model", &[Kind::OnnxModel]),
         InputDef::many("report", &[Kind::Metrics]),
+        // What the model's licence asks to be handed on, beside what its folder brings.
+        InputDef::many("notices", &[Kind::Files]),
     ];
     const OUTPUT: Kind = Kind::Site;
     const TOOLS: &'static [&'static str] = &["transformers-js"];
@@ -90,7 +95,7 @@ mod tests {
             resolve(json!({"title": "Crontab"})),
             Ok(json!({
                 "title": "Crontab", "about": null, "placeholder": "Ask something", "examples": [],
-                "answer": "text", "max_new_tokens": 64
+                "answer": "text", "max_new_tokens": 64, "license": null
             }))
         );
     }

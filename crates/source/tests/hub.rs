@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use step::worker::{Mode, Request};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+const CARD: &[u8] = b"---\nlicense: llama3.2\n---\n# Tiny\n";
 const CONFIG: &[u8] = br#"{"model_type": "llama"}"#;
 
 fn weights() -> Vec<u8> {
@@ -93,6 +94,7 @@ fn answer(mut stream: TcpStream, faults: Faults, log: &Mutex<Vec<String>>) {
         weights[7] ^= 1;
     }
     let revision = json!({"sha": COMMIT, "siblings": [
+        {"rfilename": "README.md"},
         {"rfilename": "config.json"},
         {"rfilename": "model.safetensors",
             "lfs": {"sha256": sha256(&self::weights()), "size": weights.len()}},
@@ -100,6 +102,7 @@ fn answer(mut stream: TcpStream, faults: Faults, log: &Mutex<Vec<String>>) {
     ]});
     let body = match path.as_str() {
         "/api/models/tiny/llama/revision/main?blobs=true" => revision.to_string().into_bytes(),
+        p if p == format!("/tiny/llama/resolve/{COMMIT}/README.md") => CARD.to_vec(),
         p if p == format!("/tiny/llama/resolve/{COMMIT}/config.json") => CONFIG.to_vec(),
         p if p == format!("/tiny/llama/resolve/{COMMIT}/model.safetensors") => weights,
         _ => {
@@ -179,6 +182,7 @@ fn a_repository_is_pinned_and_fetched() {
     assert_eq!(
         pin,
         json!({"commit": COMMIT, "files": {
+            "README.md": {"size": CARD.len(), "sha256": sha256(CARD)},
             "config.json": {"size": CONFIG.len(), "sha256": sha256(CONFIG)},
             "model.safetensors": {"size": 300_000, "sha256": sha256(&weights())},
         }})
@@ -188,6 +192,8 @@ fn a_repository_is_pinned_and_fetched() {
     assert_eq!(std::fs::read(ran.out.join("model.safetensors")).unwrap(), weights());
     assert_eq!(std::fs::read(ran.out.join("config.json")).unwrap(), CONFIG);
     assert!(!ran.out.join("pytorch_model.bin").exists());
+    let licence = std::fs::read_to_string(ran.out.join("LICENSE.json")).unwrap();
+    assert_eq!(licence, r#"{"license":"llama3.2","of":"tiny/llama"}"#);
 }
 
 #[test]

@@ -16,13 +16,18 @@ const LEFT_OUT_FOLDERS: &[&str] = &["node_modules"];
 /// Files below it bear their hash in their name; those beside it keep theirs.
 const HASHED: &str = "assets/";
 /// A reference ends like one of these.
-const REFERENCED: &[&str] = &["css", "js", "mjs", "json", "svg", "png", "jpg", "webp", "woff2"];
+const REFERENCED: &[&str] =
+    &["css", "js", "mjs", "json", "svg", "png", "jpg", "txt", "webp", "woff2"];
 /// Where references are looked for.
 const TEXT: &[&str] = &["css", "html", "js", "mjs", "svg"];
 
-/// Path → bytes, as they are served.
-pub fn files(dir: &Path, origin: &str) -> anyhow::Result<BTreeMap<String, Vec<u8>>> {
-    let mut sources = BTreeMap::new();
+/// Path → bytes, as they are served: the files in `dir`, and beside them those that were `made`.
+pub fn files(
+    dir: &Path,
+    origin: &str,
+    made: BTreeMap<String, Vec<u8>>,
+) -> anyhow::Result<BTreeMap<String, Vec<u8>>> {
+    let mut sources = made;
     for path in crate::chat::list(dir)? {
         let folder = path.split_once('/').map(|(folder, _)| folder);
         if LEFT_OUT.contains(&path.as_str())
@@ -31,7 +36,13 @@ pub fn files(dir: &Path, origin: &str) -> anyhow::Result<BTreeMap<String, Vec<u8
             continue;
         }
         let bytes = std::fs::read(dir.join(&path)).with_context(|| format!("{origin}/{path}"))?;
-        sources.insert(path, bytes);
+        if sources.insert(path.clone(), bytes).is_some() {
+            return Err(Failure::input(format!(
+                "{origin}/{path} takes the place of a file that is made"
+            ))
+            .hint("give it another name")
+            .into());
+        }
     }
     if !sources.contains_key("index.html") {
         return Err(Failure::input(format!("{origin} has no index.html"))
@@ -152,7 +163,8 @@ mod tests {
             std::fs::write(path, text).unwrap();
         }
         let text = |bytes| String::from_utf8(bytes).unwrap();
-        super::files(dir.path(), "site")
+        let made = BTreeMap::from([("assets/site.json".to_string(), b"{}".to_vec())]);
+        super::files(dir.path(), "site", made)
             .map(|served| served.into_iter().map(|(p, b)| (p, text(b))).collect())
             .map_err(|e| Failure::from_anyhow(&e))
     }
@@ -166,7 +178,7 @@ mod tests {
         let served = app(&[
             ("index.html", r#"<script src="./assets/main.js"></script> ./assets/main.js"#),
             ("isolate.js", "// as it is"),
-            ("assets/main.js", "import { a } from './a.js'; fetch('./data'); // './a.js'"),
+            ("assets/main.js", "import { a } from './a.js'; fetch('./data'); // './site.json'"),
             ("assets/a.js", "export const a = 1;"),
             ("README.md", "for people"),
             ("package.json", "{}"),
@@ -174,7 +186,8 @@ mod tests {
         ])
         .unwrap();
         let a = name_of("a.js", "export const a = 1;");
-        let main = format!("import {{ a }} from './{a}'; fetch('./data'); // './{a}'");
+        let site = name_of("site.json", "{}");
+        let main = format!("import {{ a }} from './{a}'; fetch('./data'); // './{site}'");
         let main_name = name_of("main.js", &main);
         let index = format!(r#"<script src="./assets/{main_name}"></script> ./assets/main.js"#);
         let expected = BTreeMap::from([
@@ -182,6 +195,7 @@ mod tests {
             ("isolate.js".to_string(), "// as it is".to_string()),
             (format!("assets/{main_name}"), main),
             (format!("assets/{a}"), "export const a = 1;".to_string()),
+            (format!("assets/{site}"), "{}".to_string()),
         ]);
         assert_eq!(served, expected);
     }
@@ -201,6 +215,10 @@ mod tests {
                     ("assets/b.js", "import './a.js'"),
                 ],
                 "files of site refer to each other in a circle: assets/a.js → assets/b.js → assets/a.js",
+            ),
+            (
+                &[("index.html", ""), ("assets/site.json", "{}")],
+                "site/assets/site.json takes the place of a file that is made",
             ),
         ] {
             let failure = app(files).unwrap_err();

@@ -5,10 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::path::Path;
 
 use anyhow::Context;
+use release::Manifest;
 use serde_json::{Map, Value, json};
 use site::chat::Chat;
 use step::worker::{Input, Job};
@@ -30,38 +31,17 @@ const DTYPES: &[(&str, &str)] = &[
     ("_q4f16", "q4f16"),
     ("_bnb4", "bnb4"),
 ];
-/// Headers as Netlify and Cloudflare Pages read them.
-const HEADERS: &str = "\
-/*
-  Cross-Origin-Opener-Policy: same-origin
-  Cross-Origin-Embedder-Policy: require-corp
-  Cross-Origin-Resource-Policy: same-origin
-  X-Content-Type-Options: nosniff
-/
-  Cache-Control: no-cache
-/index.html
-  Cache-Control: no-cache
-/isolate.js
-  Cache-Control: no-cache
-/site.json
-  Cache-Control: no-cache
-/assets/*
-  Cache-Control: public, max-age=31536000, immutable
-/models/*
-  Cache-Control: public, max-age=31536000, immutable
-/vendor/*
-  Cache-Control: public, max-age=31536000, immutable
-";
+/// A file of weights is handed out in about so many parts.
+const PARTS: u64 = 256;
+const SMALLEST_PART: u64 = 64 << 10;
 
 pub fn run(job: &Job) -> anyhow::Result<()> {
     let params: Chat = job.params()?;
-    let app = job.input("app")?;
-    for (path, bytes) in app::files(&app.path, &app.origin)? {
-        write(&job.out().join(path), &bytes)?;
-    }
     let tool = job.tool("transformers-js")?;
     let vendor = vendor(tool, job.out())?;
-    let model = model(job.input("model")?, job.out())?;
+    let input = job.input("model")?;
+    let model = model(input, job.out())?;
+    let terms = licences::of_model(input, params.license.as_deref(), job.inputs("notices"))?;
     let reports = job.inputs("report").iter().map(report).collect::<anyhow::Result<Vec<_>>>()?;
     let site = json!({
         "format": 1,
@@ -75,9 +55,19 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
         "vendor": vendor,
         "reports": reports,
     });
-    write(&job.out().join("site.json"), &canonical::to_vec(&site))?;
-    write(&job.out().join("_headers"), HEADERS.as_bytes())?;
-    write(&job.out().join("LICENSES.txt"), licences::text(tool)?.as_bytes())?;
+    let made = BTreeMap::from([
+        ("assets/site.json".to_string(), canonical::to_vec(&site)),
+        ("assets/LICENSES.txt".to_string(), licences::text(tool, &terms)?.into_bytes()),
+    ]);
+    let app = job.input("app")?;
+    for (path, bytes) in app::files(&app.path, &app.origin, made)? {
+        write(&job.out().join(path), &bytes)?;
+    }
+    let lacks = terms.lacks();
+    for lack in &lacks {
+        job.note(format!("not to be published as it is: it lacks {lack}"));
+    }
+    Manifest::write(job.out(), terms.licence.into_iter().collect(), lacks)?;
     job.metric("model_bytes", model.files.size() as f64);
     Ok(())
 }
@@ -98,14 +88,17 @@ fn vendor(tool: &Path, out: &Path) -> anyhow::Result<Value> {
 }
 
 struct Model {
-    /// Below `models/`: what Transformers.js takes for the model's name.
+    /// What Transformers.js takes for the model's name.
     path: String,
     architecture: String,
     dtypes: Vec<&'static str>,
     files: Tree,
+    /// Path in the model → what is handed out.
+    parts: BTreeMap<String, Vec<Entry>>,
 }
 
-/// Copies the model to `models/<architecture>-<hash>/`.
+/// Copies the model to `models/`, under names that are the files' own digests, weights in parts: what
+/// two models share is published once and fetched once. The page puts them together.
 fn model(input: &Input, out: &Path) -> anyhow::Result<Model> {
     let origin = &input.origin;
     let files = list(&input.path)?;
@@ -132,10 +125,16 @@ fn model(input: &Input, out: &Path) -> anyhow::Result<Model> {
     }
     let plain = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
     let name: String = architecture.chars().map(plain).collect();
-    let files = digests(&input.path, &files)?;
+    let mut entries = Vec::with_capacity(files.len());
+    let mut parts = BTreeMap::new();
+    for path in files.into_iter().filter(|path| path != release::licence::FILE) {
+        let (entry, of) = divide(&input.path, path, out)?;
+        parts.insert(entry.path.clone(), of);
+        entries.push(entry);
+    }
+    let files = Tree::new(entries)?;
     let path = format!("{name}-{}", short(&files));
-    copy(&input.path, &files, &out.join("models").join(&path))?;
-    Ok(Model { path, architecture: architecture.into(), dtypes, files })
+    Ok(Model { path, architecture: architecture.into(), dtypes, files, parts })
 }
 
 impl Model {
@@ -156,9 +155,48 @@ impl Model {
             "dtypes": self.dtypes,
             "digest": self.files.digest(),
             "bytes": self.files.size(),
-            "files": rows(&self.files),
+            "files": self.rows(),
         })
     }
+
+    fn rows(&self) -> Vec<BTreeMap<&'static str, Value>> {
+        let mut rows = rows(&self.files);
+        for (row, parts) in rows.iter_mut().zip(self.parts.values()) {
+            let part = |part: &Entry| json!({"path": part.path, "bytes": part.size});
+            row.insert("parts", parts.iter().map(part).collect());
+        }
+        rows
+    }
+}
+
+/// Copies a file to `models/<digest>.<ending>`: weights in parts of one size, which is the same in all
+/// models of one shape. A tensor that another model has too is then in the same parts.
+fn divide(dir: &Path, path: String, out: &Path) -> anyhow::Result<(Entry, Vec<Entry>)> {
+    let from = dir.join(&path);
+    let place = || format!("cannot read {}", from.display());
+    let mut source = fs::File::open(&from).with_context(place)?;
+    let size = source.metadata().with_context(place)?.len();
+    let name = path.rsplit('/').next().unwrap_or_default();
+    let ending = name.rsplit_once('.').map_or(String::new(), |(_, ending)| format!(".{ending}"));
+    let step = match ending.starts_with(".onnx_data") {
+        true => (size / PARTS).next_power_of_two().max(SMALLEST_PART),
+        false => size,
+    };
+    let mut whole = blake3::Hasher::new();
+    let mut parts = Vec::new();
+    let mut left = size;
+    while left > 0 || parts.is_empty() {
+        let mut bytes = vec![0; usize::try_from(step.min(left))?];
+        source.read_exact(&mut bytes).with_context(place)?;
+        whole.update(&bytes);
+        let digest = BlobDigest::of(&bytes);
+        let part = format!("models/{}{ending}", &digest.to_string()[..32]);
+        write(&out.join(&part), &bytes)?;
+        left -= bytes.len() as u64;
+        parts.push(Entry { path: part, digest, size: bytes.len() as u64 });
+    }
+    let digest = BlobDigest::from_bytes(*whole.finalize().as_bytes());
+    Ok((Entry { path, digest, size }, parts))
 }
 
 /// The figures of an `eval.json`, without its examples.
@@ -272,6 +310,13 @@ mod tests {
         "onnx-int4":{"kind":"onnx-model","size_bytes":SIZE,"exact_match":0.93}},
         "examples":[{"prompt":"a","expected":"b","answers":{}}]}"#;
 
+    const MODEL: [(&str, &str); 4] = [
+        ("config.json", r#"{"model_type":"gemma3_text"}"#),
+        ("tokenizer_config.json", r#"{"chat_template":"{{ messages }}"}"#),
+        ("onnx/model_q4.onnx", "graph"),
+        ("onnx/model_q4.onnx_data", "weights"),
+    ];
+
     fn put(root: &Path, files: &[(&str, &str)]) {
         for (path, text) in files {
             write(&root.join(path), text.as_bytes()).unwrap();
@@ -280,21 +325,15 @@ mod tests {
 
     /// A page, a model and libraries, all of them tiny.
     fn inputs(root: &Path) {
-        let model = [
-            ("model/config.json", r#"{"model_type":"gemma3_text"}"#),
-            ("model/tokenizer_config.json", r#"{"chat_template":"{{ messages }}"}"#),
-            ("model/onnx/model_q4.onnx", "graph"),
-            ("model/onnx/model_q4.onnx_data", "weights"),
-        ];
-        put(root, &model);
-        let size: usize = model.iter().map(|(_, text)| text.len()).sum();
+        put(&root.join("model"), &MODEL);
+        let size: usize = MODEL.iter().map(|(_, text)| text.len()).sum();
         put(root, &[("report/eval.json", &EVAL.replace("SIZE", &size.to_string()))]);
         put(
             root,
             &[
                 ("app/index.html", r#"<script type="module" src="./assets/main.js"></script>"#),
                 ("app/isolate.js", "// worker"),
-                ("app/assets/main.js", "fetch('site.json')"),
+                ("app/assets/main.js", "new URL('./site.json', import.meta.url)"),
                 ("app/package.json", "{}"),
                 ("tool/transformers.min.js", "export {}"),
                 ("tool/ort-wasm-simd-threaded.wasm", "wasm"),
@@ -315,6 +354,9 @@ mod tests {
         ]);
         if reports {
             all.insert("report".into(), vec![input("report", Kind::Metrics)]);
+        }
+        if root.join("notices").exists() {
+            all.insert("notices".into(), vec![input("notices", Kind::Files)]);
         }
         let out = root.join(out);
         fs::create_dir_all(&out).unwrap();
@@ -340,34 +382,47 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         inputs(dir.path());
         let site = run_in(dir.path(), "out", true).unwrap();
-        let json: Value = serde_json::from_slice(&site["site.json"]).unwrap();
+        let json = site_json(&site);
         let model = json["model"]["path"].as_str().unwrap();
         let vendor = json["vendor"]["path"].as_str().unwrap();
         assert!(model.starts_with("gemma3-text-") && model.len() == 12 + 16, "{model}");
         let main = hashed_main(&site);
-        let mut expected = vec![
-            "LICENSES.txt".to_string(),
-            "_headers".into(),
-            format!("assets/{main}"),
-            "index.html".into(),
-            "isolate.js".into(),
-            "site.json".into(),
-        ];
-        for file in ["config.json", "onnx/model_q4.onnx", "onnx/model_q4.onnx_data"] {
-            expected.push(format!("models/{model}/{file}"));
+        let named = |start: &str| {
+            let path = site.keys().find(|path| path.starts_with(start));
+            path.unwrap_or_else(|| panic!("{start} is not there")).clone()
+        };
+        let release = Manifest::parse(&site[&named("releases/")]).unwrap();
+        let mut expected: Vec<String> =
+            ["_headers", "hosts/Caddyfile", "hosts/nginx.conf", "index.html", "isolate.js"]
+                .map(String::from)
+                .to_vec();
+        expected.push("vercel.json".into());
+        expected.push(release::manifest::path_of(&release.release));
+        for file in ["LICENSES.", "main.", "site."] {
+            expected.push(named(&format!("assets/{file}")));
         }
-        expected.push(format!("models/{model}/tokenizer_config.json"));
+        for (path, text) in MODEL {
+            let ending = path.rsplit_once('.').unwrap().1;
+            let digest = BlobDigest::of(text.as_bytes()).to_string();
+            expected.push(format!("models/{}.{ending}", &digest[..32]));
+        }
         for file in ["ort-wasm-simd-threaded.wasm", "transformers.min.js"] {
             expected.push(format!("{vendor}{file}"));
         }
         expected.sort();
         assert_eq!(site.keys().cloned().collect::<Vec<_>>(), expected);
+        assert_eq!(release.files.len(), expected.len() - 5, "all but what is for hosts");
         assert_eq!(json["model"]["label"], "onnx-int4");
         assert_eq!(json["model"]["dtypes"], json!(["q4"]));
         assert_eq!(json["reports"][0]["models"]["base"]["exact_match"], 0.01);
         assert_eq!(json["reports"][0].get("examples"), None);
         let index = String::from_utf8(site["index.html"].clone()).unwrap();
         assert!(index.contains(&format!("./assets/{main}")), "{index}");
+    }
+
+    fn site_json(site: &BTreeMap<String, Vec<u8>>) -> Value {
+        let path = site.keys().find(|path| path.starts_with("assets/site.")).unwrap();
+        serde_json::from_slice(&site[path]).unwrap()
     }
 
     fn hashed_main(site: &BTreeMap<String, Vec<u8>>) -> String {
@@ -390,11 +445,68 @@ mod tests {
     }
 
     #[test]
+    fn weights_come_in_parts_that_two_models_share() {
+        let dir = tempfile::tempdir().unwrap();
+        inputs(dir.path());
+        let data = dir.path().join("model/onnx/model_q4.onnx_data");
+        let mut weights: Vec<u8> = (0..200_000u32).map(|i| (i / 7) as u8).collect();
+        let mut parts = Vec::new();
+        for out in ["one", "two"] {
+            fs::write(&data, &weights).unwrap();
+            let site = run_in(dir.path(), out, false).unwrap();
+            let files = site_json(&site)["model"]["files"].as_array().unwrap().clone();
+            let file = files.iter().find(|f| f["path"] == "onnx/model_q4.onnx_data").unwrap();
+            let names = file["parts"].as_array().unwrap().iter();
+            let names: Vec<_> = names.map(|p| p["path"].as_str().unwrap().to_string()).collect();
+            let whole: Vec<u8> = names.iter().flat_map(|name| site[name].clone()).collect();
+            assert_eq!(whole, weights);
+            parts.push(names);
+            weights[70_000] ^= 1;
+        }
+        assert_eq!(parts[0].len(), 4);
+        let same: Vec<bool> = (0..4).map(|i| parts[0][i] == parts[1][i]).collect();
+        assert_eq!(same, [true, false, true, true]);
+    }
+
+    #[test]
+    fn licences_go_along_and_what_they_lack_is_told() {
+        let gemma = r#"{"of":"google/gemma-3-270m-it","license":"gemma"}"#;
+        let notice = "Gemma is provided under and subject to the Gemma Terms of Use found at x";
+        for (files, lacks) in [
+            (&[][..], 1),
+            (&[("model/LICENSE.json", gemma)], 2),
+            (&[("model/LICENSE.json", gemma), ("model/LICENSE", "THE TERMS")], 1),
+            (
+                &[
+                    ("model/LICENSE.json", gemma),
+                    ("model/LICENSE", "THE TERMS"),
+                    ("notices/NOTICE", notice),
+                ],
+                0,
+            ),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            inputs(dir.path());
+            put(dir.path(), files);
+            let site = run_in(dir.path(), "out", true).unwrap();
+            let manifest = site.keys().find(|path| path.starts_with("releases/")).unwrap();
+            let manifest = Manifest::parse(&site[manifest]).unwrap();
+            assert_eq!(manifest.lacks.len(), lacks, "{files:?}");
+            let text = site.keys().find(|path| path.starts_with("assets/LICENSES.")).unwrap();
+            let text = String::from_utf8(site[text].clone()).unwrap();
+            for (path, terms) in files.iter().filter(|(path, _)| !path.ends_with(".json")) {
+                assert!(text.contains(terms), "{path} is not in LICENSES.txt");
+            }
+            assert_eq!(text.contains("google/gemma-3-270m-it"), !files.is_empty());
+        }
+    }
+
+    #[test]
     fn a_report_is_not_needed() {
         let dir = tempfile::tempdir().unwrap();
         inputs(dir.path());
         let site = run_in(dir.path(), "out", false).unwrap();
-        let json: Value = serde_json::from_slice(&site["site.json"]).unwrap();
+        let json = site_json(&site);
         assert_eq!(json["reports"], json!([]));
         assert_eq!(json["model"]["label"], "gemma3_text");
     }

@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 
 use anyhow::Context;
 use globset::{Glob, GlobSetBuilder};
+use release::Licence;
 use serde::Deserialize;
 use source::huggingface::{HuggingFace, Pin, PinnedFile, RepoType};
-use step::Failure;
 use step::worker::{Job, Mode, Progress};
+use step::{Failure, canonical};
 
 use crate::download::{self, Wanted};
 
@@ -35,9 +36,22 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
             let commit = &pin.commit;
             let wanted: Vec<Wanted> = wanted.map(|w| w.at(commit)).collect();
             download::all(job, &wanted)?;
+            name_licence(job, &params)?;
             check_architecture(job, &params)
         }
     }
+}
+
+/// Writes down the licence that the card names: it goes wherever the model's own files do.
+fn name_licence(job: &Job, params: &HuggingFace) -> anyhow::Result<()> {
+    let card = std::fs::read(job.out().join("README.md")).unwrap_or_default();
+    let Some(license) = release::licence::of_card(&String::from_utf8_lossy(&card)) else {
+        return Ok(());
+    };
+    let licence = Licence { of: params.repo.clone(), license };
+    let path = job.out().join(release::licence::FILE);
+    std::fs::write(&path, canonical::to_vec(&licence))
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// What the recipe declared of the model, held to its config.json.
