@@ -26,6 +26,8 @@ pub enum Stage {
     Interop,
     /// The page, and each architecture's graphs, in headless Chromium, on WASM and WebGPU.
     Browser,
+    /// The demo as Nix packages: built in Nix's sandbox, to the same bytes.
+    Nix,
 }
 
 /// Packages whose real work is behind features: features by package, tools needed to compile them.
@@ -122,6 +124,7 @@ fn run_stage(sh: &Shell, root: &Path, stage: Stage) -> anyhow::Result<()> {
             let _env = with_tools(sh, &engine, &["onnxruntime"])?;
             cmd!(sh, "bash tests/browser/run.sh").run()?;
         }
+        Stage::Nix => cmd!(sh, "bash tests/nix/run.sh").run()?,
     }
     Ok(())
 }
