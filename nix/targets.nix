@@ -16,9 +16,15 @@ let
   derive = of: target:
     let result = of.results.${target.target} or null; in
     if result != null && remote != null then fetched target result
-    else if pins.steps.${target.step}.network then
-      throw "${id target} comes from the network, and its result is not pinned: build it, `cargo xtask lock ${target.recipe}`, and put it into the shared cache (README.md, With Nix)"
+    else if pins.steps.${target.step}.network then missing target
     else made target;
+
+  # Fails when it is built, and not before: the flake's other packages can be looked at without it.
+  missing = target: pkgs.runCommand (named target) { } ''
+    echo "error: ${id target} comes from the network, and its result is not pinned" >&2
+    echo "  = hint: build it, pin it with cargo xtask lock ${target.recipe}, and put it into the shared cache (README.md, With Nix)" >&2
+    exit 1
+  '';
 
   # Nix's own fetcher: it unpacks the archive and holds it to the hash.
   fetched = target: result: import <nix/fetchurl.nix> {
