@@ -47,6 +47,7 @@ const WORKERS: &[(&[&str], &[&str])] = &[
     (&["site/worker"], &[]),
     (&["command/worker"], &[]),
     (&["serve/worker"], &[]),
+    (&["s3/testing"], &[]),
 ];
 
 pub fn run(root: &Path, stages: &[Stage]) -> anyhow::Result<ExitCode> {

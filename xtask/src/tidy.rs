@@ -45,7 +45,7 @@ fn crates_use_only_what_lies_below_them() {
             "graph" => &["step", "checkpoint"],
             "reference" => &["checkpoint"],
             "runtime" => &["step", "checkpoint", "graph"],
-            "llamacpp" | "release" => &["step"],
+            "llamacpp" | "release" | "s3" => &["step"],
             "xtask" => return None,
             family if families.contains(&family) => {
                 &["step", "checkpoint", "graph", "reference", "runtime", "llamacpp", "release"]
