@@ -2,6 +2,7 @@
 
 mod diff;
 mod doctor;
+mod publish;
 mod show;
 
 use std::collections::BTreeMap;
@@ -55,6 +56,9 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Diff { a, b } => diff::run(&open(&root)?, &a, b.as_deref(), json)?,
         Command::Graph { targets, format } => graph(&open(&root)?, &targets, format)?,
         Command::Serve { target, port, host } => return serve(&open(&root)?, &target, &host, port),
+        Command::Publish { what, target, dry_run } => {
+            return publish::run(&open(&root)?, what, &target, dry_run, json);
+        }
         Command::Lock(targets) => lock(&open(&root)?, &targets, json)?,
         Command::Verify { targets, rebuild } => {
             return verify(&open(&root)?, &targets, rebuild, json);

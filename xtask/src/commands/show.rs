@@ -89,7 +89,7 @@ fn summary(report: &str) -> &str {
 
 /// Seconds since 1970 as `2026-11-20 19:30 UTC` (civil calendar from days: Howard Hinnant,
 /// "chrono-Compatible Low-Level Date Algorithms").
-fn when(seconds: u64) -> String {
+pub fn when(seconds: u64) -> String {
     let days = (seconds / 86_400) as i64 + 719_468;
     let era = days.div_euclid(146_097);
     let doe = days.rem_euclid(146_097);
