@@ -3,5 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$(bash tests/interop/venv.sh)
+cargo xtask release demo --out target/interop-release > /dev/null
+"$python" tests/interop/release.py target/interop-release artifacts
 "$python" tests/interop/adapters.py
 exec "$python" tests/interop/check.py "$@"

@@ -9,7 +9,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use step::Failure;
+use serde_json::Value;
+use step::worker::{Input, Mode, Request};
+use step::{Failure, Kind, StepDef};
 
 use crate::display::{self, Table};
 
@@ -265,10 +267,43 @@ fn children_cpu() -> f64 {
     seconds(usage.ru_utime) + seconds(usage.ru_stime)
 }
 
-/// As many as were asked for, or as there are.
-pub fn threads(asked: Option<usize>) -> usize {
-    let all = || std::thread::available_parallelism().map_or(1, usize::from);
-    asked.unwrap_or_else(all).max(1)
+/// How many the machine has.
+pub fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// The request of one run of ours with resolved parameters, in `run`, whose folders it makes.
+fn request(
+    run: &Path,
+    def: &StepDef,
+    params: Value,
+    inputs: &[(&str, Kind, PathBuf)],
+    threads: usize,
+) -> anyhow::Result<PathBuf> {
+    let folder = |name: &str| -> anyhow::Result<PathBuf> {
+        let dir = run.join(name);
+        fs::create_dir_all(&dir)?;
+        Ok(dir)
+    };
+    let input = |(name, kind, path): &(&str, Kind, PathBuf)| {
+        let (label, origin) = (name.to_string(), name.to_string());
+        (name.to_string(), vec![Input { label, kind: *kind, path: path.clone(), origin }])
+    };
+    let request = Request {
+        format: 1,
+        step: def.name.into(),
+        mode: Mode::Build,
+        params,
+        inputs: inputs.iter().map(input).collect(),
+        out: folder("out")?,
+        report: folder("report")?,
+        scratch: folder("scratch")?,
+        tools: Default::default(),
+        threads,
+    };
+    let path = run.join("request.json");
+    fs::write(&path, serde_json::to_vec_pretty(&request)?)?;
+    Ok(path)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

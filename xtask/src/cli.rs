@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// A build system for fine-tuned small language models: from the row of data to the page in the
@@ -93,8 +94,23 @@ pub enum Command {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Pin outside sources to a commit, sizes and hashes, in the recipe's lock file.
-    Lock(Targets),
+    /// Pin what cannot be made here, in the recipe's lock file: outside sources, and results.
+    ///
+    /// Sources are pinned to a commit, sizes and hashes. Of what is built, the results of steps that
+    /// use the network or an accelerator, or promise a tolerance only, are pinned by digest: that is
+    /// how others take them (see `nix build`).
+    Lock {
+        #[command(flatten)]
+        targets: Targets,
+        /// Only tell whether recipes and files still say what pinned results were made of.
+        #[arg(long)]
+        check: bool,
+    },
+    /// What the derivations of flake.nix call. `nix build .#demo-site` is what people type.
+    Nix {
+        #[command(subcommand)]
+        what: Nix,
+    },
     /// Hold the store to its digests; with --rebuild, steps to their promise of the same bytes.
     Verify {
         #[command(flatten)]
@@ -124,6 +140,29 @@ pub enum Command {
         #[command(subcommand)]
         what: New,
     },
+    /// What stands beside a release: provenance, bill of materials, sizes and figures.
+    ///
+    /// Writes provenance.intoto.jsonl (an in-toto statement with SLSA provenance for each action of the
+    /// chain), bom.cdx.json (CycloneDX 1.6), release.json and release.md.
+    Release {
+        #[command(flatten)]
+        targets: Targets,
+        #[command(flatten)]
+        documents: Documents,
+    },
+    /// A release as CI makes it: restore, make what is stale and cheap, verify, tell.
+    ///
+    /// In GitHub Actions the steps are groups of the log, and sizes and figures beside those of the last
+    /// release stand in the run's summary.
+    Ci {
+        #[command(flatten)]
+        targets: Targets,
+        /// Train, too, where nobody has trained yet.
+        #[arg(long)]
+        train: bool,
+        #[command(flatten)]
+        documents: Documents,
+    },
     /// Measure Anneal beside other tools, in the same run.
     Bench {
         #[command(subcommand)]
@@ -143,6 +182,45 @@ pub enum Command {
 
 fn size(text: &str) -> Result<u64, String> {
     engine::gc::bytes(text).ok_or_else(|| "a size is a number and a unit, as `20 GB`".into())
+}
+
+/// `a=b`, the second part a path.
+fn pair(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, path) = text.split_once('=').ok_or("expected NAME=FOLDER")?;
+    Ok((name.into(), path.into()))
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Nix {
+    /// Make one target from inputs that were made elsewhere, with a worker that is there.
+    Make {
+        /// `recipe/target`.
+        target: String,
+        /// What another target made, and where it lies.
+        #[arg(long = "input", value_name = "TARGET=FOLDER", value_parser = pair)]
+        inputs: Vec<(String, PathBuf)>,
+        /// A tool, as `nix tool` has it.
+        #[arg(long = "tool", value_name = "NAME=FOLDER", value_parser = pair)]
+        tools: Vec<(String, PathBuf)>,
+        /// The program of the target's family.
+        #[arg(long, value_name = "PROGRAM")]
+        worker: PathBuf,
+        /// A folder that is not there yet.
+        #[arg(long, value_name = "FOLDER")]
+        out: PathBuf,
+    },
+    /// Fetch a pinned tool if need be, and say where it lies.
+    Tool { name: String },
+    /// A folder's digest, as results have it, and the SHA-256 of its Nix archive.
+    Digest { folder: PathBuf },
+    /// Write each pinned result as a Nix archive, to lie in the shared cache below `nar/`.
+    Export {
+        folder: PathBuf,
+        #[command(flatten)]
+        targets: Targets,
+    },
+    /// Write nix/pins.json: what the flake knows of steps and tools.
+    Pins,
 }
 
 #[derive(Debug, Args)]
@@ -183,6 +261,17 @@ pub enum Publish {
     Check { url: String },
 }
 
+/// Where the documents of a release go, and what its figures stand beside.
+#[derive(Debug, Args)]
+pub struct Documents {
+    /// Where provenance, bill of materials and figures go; `artifacts/<recipe>.release`, if not said.
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// The release.json of an earlier release, to be compared with; the one in DIR, if not said.
+    #[arg(long, value_name = "FILE")]
+    pub against: Option<PathBuf>,
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum GraphFormat {
     Text,
@@ -206,31 +295,38 @@ pub enum Bench {
     Train {
         #[arg(long, value_enum, default_value_t = crate::bench::train::Device::Cpu)]
         device: crate::bench::train::Device,
-        /// Only cases with this in their names: `demo`, `bfloat16`.
-        #[arg(long, value_name = "TEXT")]
-        only: Option<String>,
-        /// How often each side is run; medians are told.
-        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
-        rounds: u64,
-        /// How many threads both may use; all there are, if not said.
-        #[arg(short = 'j', long, value_name = "N")]
-        threads: Option<usize>,
+        #[command(flatten)]
+        cases: Cases,
     },
     /// Merges and exports beside PEFT, ONNX Runtime GenAI and llama.cpp: time, memory, size.
     ///
     /// Weights are random. The first run makes models of 3 GB and installs the peers into
     /// target/bench-export, with pip and cmake.
     Export {
-        /// Only cases with this in their names: `270M`, `GGUF`.
-        #[arg(long, value_name = "TEXT")]
-        only: Option<String>,
-        /// How often each side is run; medians are told.
-        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
-        rounds: u64,
-        /// How many threads all may use; all there are, if not said.
-        #[arg(short = 'j', long, value_name = "N")]
-        threads: Option<usize>,
+        #[command(flatten)]
+        cases: Cases,
     },
+}
+
+/// Which cases of a benchmark, how often, with how much of the machine.
+#[derive(Debug, Args)]
+pub struct Cases {
+    /// Only cases with this in their names: `demo`, `270M`.
+    #[arg(long, value_name = "TEXT")]
+    pub only: Option<String>,
+    /// How often each side is run; medians are told.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    pub rounds: u64,
+    /// How many threads each side may use.
+    #[arg(short = 'j', long, value_name = "N", default_value_t = crate::bench::threads(),
+        value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub threads: usize,
+}
+
+impl Cases {
+    pub fn wants(&self, case: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| case.contains(only.as_str()))
+    }
 }
 
 #[derive(Debug, Subcommand)]

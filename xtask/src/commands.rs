@@ -1,8 +1,11 @@
 //! One function a command.
 
+mod ci;
 mod diff;
 mod doctor;
+mod nix;
 mod publish;
+mod release;
 mod show;
 
 use std::collections::BTreeMap;
@@ -30,19 +33,25 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::New { what: New::Recipe { name } } => scaffold::recipe(&root, &name)?,
         Command::Test { stages } => return suite::run(&root, &stages),
         Command::Build { targets, keep_going, threads, no_sandbox } => {
-            let options = Options { keep_going, threads, words: targets.words() };
+            let options =
+                Options { keep_going, threads, words: targets.words(), ..Options::default() };
             let engine = open(&root)?;
             let engine = if no_sandbox { engine.unconfined() } else { engine };
             return build(&engine, &targets, options, json);
         }
         Command::Bench { what: Bench::Engine { gib } } => bench::engine(&root, gib)?,
-        Command::Bench { what: Bench::Train { device, only, rounds, threads } } => {
-            let threads = bench::threads(threads);
-            bench::train::run(&root, &bench::train::Options { device, only, rounds, threads })?;
+        Command::Bench { what: Bench::Train { device, cases } } => {
+            bench::train::run(&root, device, &cases)?;
         }
-        Command::Bench { what: Bench::Export { only, rounds, threads } } => {
-            let threads = bench::threads(threads);
-            bench::export::run(&root, &bench::export::Options { only, rounds, threads })?;
+        Command::Bench { what: Bench::Export { cases } } => bench::export::run(&root, &cases)?,
+        Command::Release { targets, documents } => {
+            let engine = open(&root)?;
+            let graph = resolve(&engine, &targets)?;
+            let release = release::write(&engine, &graph, &documents)?;
+            release.print(json);
+        }
+        Command::Ci { targets, train, documents } => {
+            return ci::run(&open(&root)?, &targets, train, &documents);
         }
         Command::Schema => println!("{:#}", schema::of_recipes(REGISTRY)),
         Command::Completions { shell } => {
@@ -59,7 +68,9 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Publish { what, target, dry_run } => {
             return publish::run(&open(&root)?, what, &target, dry_run, json);
         }
-        Command::Lock(targets) => lock(&open(&root)?, &targets, json)?,
+        Command::Lock { targets, check: true } => return check(&open(&root)?, &targets, json),
+        Command::Lock { targets, check: false } => lock(&open(&root)?, &targets, json)?,
+        Command::Nix { what } => nix::run(&root, what)?,
         Command::Verify { targets, rebuild } => {
             return verify(&open(&root)?, &targets, rebuild, json);
         }
@@ -383,10 +394,44 @@ fn lock(engine: &Engine, targets: &Targets, json: bool) -> anyhow::Result<()> {
             println!("{}: {what}", one.id);
         }
     }
-    if locked.is_empty() && !json {
-        println!("nothing to pin: no outside source in these targets");
+    // With the new pins of sources.
+    let results = engine.lock_results(&resolve(engine, targets)?)?;
+    for one in &results {
+        let what = match (&one.before, &one.after) {
+            (None, _) => "pinned",
+            (Some(before), Some(after)) if before == after => "unchanged",
+            (Some(_), Some(_)) => "moved",
+            (Some(_), None) => "no longer pinned: it is not built as it stands",
+        };
+        if json {
+            println!("{}", json!({"target": one.id, "result": what, "pin": one.after}));
+        } else {
+            println!("{}: result {what}", one.id);
+        }
+    }
+    if locked.is_empty() && results.is_empty() && !json {
+        println!("nothing to pin: no outside source in these targets, and no result that needs it");
     }
     Ok(())
+}
+
+/// Whether pinned results are those of what is declared now.
+fn check(engine: &Engine, targets: &Targets, json: bool) -> anyhow::Result<ExitCode> {
+    let results = engine.locked_results(&resolve(engine, targets)?)?;
+    for (id, pin, current) in &results {
+        let what = if *current { "current" } else { "of another recipe or other files" };
+        if json {
+            println!("{}", json!({"target": id, "result": what, "pin": pin}));
+        } else {
+            println!("{id}: {what}");
+        }
+    }
+    if results.iter().all(|(_, _, current)| *current) {
+        return Ok(ExitCode::SUCCESS);
+    }
+    Err(Failure::input("pinned results are not those of what recipes say now")
+        .hint("build, then run `cargo xtask lock`")
+        .into())
 }
 
 fn verify(

@@ -8,6 +8,7 @@ mod commands;
 mod display;
 mod error;
 mod registry;
+mod release;
 mod scaffold;
 mod schema;
 mod signals;

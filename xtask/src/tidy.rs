@@ -145,5 +145,5 @@ fn a_plan_compiles_nothing_heavy() {
     for heavy in ["torch-sys", "ort-sys", "tokenizers", "llama-cpp-sys-2", "axum"] {
         assert!(!names.contains(heavy), "xtask links {heavy}: it belongs behind a worker");
     }
-    assert!((20..=110).contains(&names.len()), "xtask links {} crates", names.len());
+    assert!((20..=120).contains(&names.len()), "xtask links {} crates", names.len());
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::Error;
+use crate::tokens::Vocab;
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -169,7 +170,7 @@ impl Tokenizer {
         let uncut = inner.with_truncation(None).map(|_| ());
         uncut.map_err(|e| Error::Tokenizer { path: path.clone(), message: e.to_string() })?;
         let mut tokenizer = Self { path, inner, end_ids: Vec::new() };
-        tokenizer.end_ids = tokenizer.find_end_ids(dir)?;
+        tokenizer.end_ids = find_end_ids(dir, |token| tokenizer.token_id(token))?;
         Ok(tokenizer)
     }
 
@@ -209,36 +210,62 @@ impl Tokenizer {
         self.inner.decode(ids, skip_special_tokens).map_err(|e| self.failed(&*e))
     }
 
-    fn find_end_ids(&self, dir: &Path) -> Result<Vec<u32>, Error> {
-        let mut found = Vec::new();
-        for name in ["generation_config.json", "config.json"] {
-            let path = dir.join(name);
-            if !path.exists() {
-                continue;
-            }
-            match &json(&path)?["eos_token_id"] {
-                Value::Array(all) => found.extend(all.iter().filter_map(Value::as_u64)),
-                one => found.extend(one.as_u64()),
-            }
-        }
-        let mut ids: Vec<u32> = found.into_iter().filter_map(|id| u32::try_from(id).ok()).collect();
-        let path = dir.join("tokenizer_config.json");
-        if path.exists() {
-            let eos = special_token(&json(&path)?, "eos_token");
-            ids.extend(eos.and_then(|token| self.token_id(&token)));
-        }
-        // A tokenizer without a template has no turns to end.
-        if let Ok(end) = Template::from_dir(dir).and_then(|template| template.end_of_turn()) {
-            ids.extend(self.token_id(&end));
-        }
-        ids.sort_unstable();
-        ids.dedup();
-        Ok(ids)
-    }
-
     fn failed(&self, error: &(dyn std::error::Error + Send + Sync)) -> Error {
         Error::Tokenizer { path: self.path.clone(), message: error.to_string() }
     }
+}
+
+/// [`Tokenizer::end_ids`] of a folder, without the time that its tokenizer takes to set up.
+pub fn end_ids(dir: &Path) -> Result<Vec<u32>, Error> {
+    #[derive(Deserialize)]
+    struct File {
+        #[serde(default)]
+        added_tokens: Vec<Added>,
+        model: Model,
+    }
+    #[derive(Deserialize)]
+    struct Added {
+        id: u32,
+        content: String,
+    }
+    #[derive(Deserialize)]
+    struct Model {
+        vocab: Vocab,
+    }
+    let path = dir.join("tokenizer.json");
+    let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
+    let File { added_tokens, model } = serde_json::from_slice(&bytes)
+        .map_err(|e| Error::Parse { path, message: e.to_string() })?;
+    let added = added_tokens.into_iter().map(|token| (token.content, token.id));
+    let tokens: Vec<(String, u32)> = model.vocab.0.into_iter().chain(added).collect();
+    find_end_ids(dir, |text| tokens.iter().find(|(token, _)| token == text).map(|(_, id)| *id))
+}
+
+fn find_end_ids(dir: &Path, id: impl Fn(&str) -> Option<u32>) -> Result<Vec<u32>, Error> {
+    let mut found = Vec::new();
+    for name in ["generation_config.json", "config.json"] {
+        let path = dir.join(name);
+        if !path.exists() {
+            continue;
+        }
+        match &json(&path)?["eos_token_id"] {
+            Value::Array(all) => found.extend(all.iter().filter_map(Value::as_u64)),
+            one => found.extend(one.as_u64()),
+        }
+    }
+    let mut ids: Vec<u32> = found.into_iter().filter_map(|id| u32::try_from(id).ok()).collect();
+    let path = dir.join("tokenizer_config.json");
+    if path.exists() {
+        let eos = special_token(&json(&path)?, "eos_token");
+        ids.extend(eos.and_then(|token| id(&token)));
+    }
+    // A tokenizer without a template has no turns to end.
+    if let Ok(end) = Template::from_dir(dir).and_then(|template| template.end_of_turn()) {
+        ids.extend(id(&end));
+    }
+    ids.sort_unstable();
+    ids.dedup();
+    Ok(ids)
 }
 
 fn json(path: &Path) -> Result<Value, Error> {
@@ -324,5 +351,37 @@ mod tests {
             template(source).unwrap().render(&chat(&[("user", " a ")]), false).unwrap(),
             "A"
         );
+    }
+
+    #[test]
+    fn ends_are_found_without_a_tokenizer() {
+        let dir = tempfile::tempdir().unwrap();
+        let added = |id: u32, text: &str| {
+            serde_json::json!({"id": id, "content": text, "special": true, "lstrip": false,
+                "rstrip": false, "normalized": false, "single_word": false})
+        };
+        let unigram = serde_json::json!({"type": "Unigram", "unk_id": 0,
+            "vocab": [["<unk>", 0.0], ["</s>", 0.0], ["a", -1.0]]});
+        let words = serde_json::json!({"type": "WordLevel", "unk_token": "<unk>",
+            "vocab": {"<unk>": 0, "a": 2, "</s>": 1}});
+        for model in [unigram, words] {
+            let files = [
+                (
+                    "tokenizer.json",
+                    serde_json::json!({"version": "1.0", "model": model,
+                        "added_tokens": [added(1, "</s>"), added(3, "<|im_end|>")]}),
+                ),
+                (
+                    "tokenizer_config.json",
+                    serde_json::json!({"eos_token": "</s>", "chat_template": CHATML}),
+                ),
+                ("generation_config.json", serde_json::json!({"eos_token_id": [2]})),
+            ];
+            for (name, json) in files {
+                std::fs::write(dir.path().join(name), json.to_string()).unwrap();
+            }
+            assert_eq!(end_ids(dir.path()).unwrap(), [1, 2, 3]);
+            assert_eq!(Tokenizer::from_dir(dir.path()).unwrap().end_ids(), [1, 2, 3]);
+        }
     }
 }

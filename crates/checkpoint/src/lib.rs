@@ -15,6 +15,8 @@ pub mod config;
 mod error;
 pub mod names;
 pub mod rotary;
+#[cfg(feature = "chat")]
+pub mod tokens;
 #[cfg(feature = "weights")]
 pub mod weights;
 

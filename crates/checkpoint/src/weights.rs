@@ -6,6 +6,7 @@ mod writer;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -183,6 +184,20 @@ impl Weights {
         }
     }
 
+    /// Rows of the tensor `name` as f32 in `out`; what was read is let go. A vector is one row.
+    pub fn rows(&self, name: &str, rows: Range<usize>, out: &mut Vec<f32>) -> Result<(), Error> {
+        /// The system brings in neighbours of a page that is read, as far as the multiples of this.
+        const AROUND: usize = 64 << 10;
+        let tensor = self.get(name)?;
+        let columns = tensor.shape.last().copied().unwrap_or(1);
+        out.resize(rows.len() * columns, 0.0);
+        tensor.read_f32(rows.start * columns, out)?;
+        let [from, to] =
+            [rows.start, rows.end].map(|row| row * columns * tensor.dtype.bitsize() / 8);
+        self.let_go_of(&tensor.data[from.saturating_sub(AROUND)..to]);
+        Ok(())
+    }
+
     /// Holds names, shapes and types to what `config` asks for.
     pub fn check(&self, config: &Config) -> Result<(), Error> {
         let expected: BTreeMap<_, _> = names::expected(config).into_iter().collect();
@@ -233,7 +248,7 @@ impl Mapped {
 }
 
 impl TensorRef<'_> {
-    /// The values as f32, exactly: each of the three types fits in it.
+    /// The values as f32, exactly.
     pub fn to_f32(&self) -> Result<Vec<f32>, Error> {
         let mut values = vec![0.0; self.len()];
         self.read_f32(0, &mut values)?;
@@ -251,25 +266,7 @@ impl TensorRef<'_> {
             return Ok(());
         }
         let size = self.dtype.bitsize() / 8;
-        let data = &self.data[from * size..][..out.len() * size];
-        match self.dtype {
-            Dtype::F32 => {
-                for (value, bytes) in out.iter_mut().zip(data.as_chunks().0) {
-                    *value = f32::from_le_bytes(*bytes);
-                }
-            }
-            // Its upper half.
-            Dtype::BF16 => {
-                for (value, bytes) in out.iter_mut().zip(data.as_chunks().0) {
-                    *value = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
-                }
-            }
-            _ => {
-                for (value, bytes) in out.iter_mut().zip(data.as_chunks().0) {
-                    *value = f16::from_le_bytes(*bytes).to_f32();
-                }
-            }
-        }
+        decode(&self.data[from * size..][..out.len() * size], self.dtype, out);
         Ok(())
     }
 
@@ -305,6 +302,36 @@ impl TensorRef<'_> {
             }),
         }
     }
+}
+
+/// The values of `bytes`, exactly: F32, and F16 and BF16, which fit in it.
+#[inline(always)]
+pub fn decode(bytes: &[u8], dtype: Dtype, out: &mut [f32]) {
+    match dtype {
+        Dtype::F32 => {
+            for (value, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *value = f32::from_le_bytes(*bytes);
+            }
+        }
+        // Its upper half.
+        Dtype::BF16 => {
+            for (value, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *value = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
+            }
+        }
+        _ => {
+            for (value, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+                *value = f16::from_le_bytes(*bytes).to_f32();
+            }
+        }
+    }
+}
+
+/// Without a branch in the loop, so that it is done many at a time.
+#[inline(always)]
+pub fn all_finite(values: &[f32]) -> bool {
+    const EXPONENT: u32 = 0x7F80_0000;
+    values.iter().fold(true, |finite, x| finite & (x.to_bits() & EXPONENT != EXPONENT))
 }
 
 #[cfg(test)]

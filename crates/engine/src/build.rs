@@ -26,6 +26,8 @@ pub struct Options {
     /// The words that the targets were asked for with: [`Engine::remembered`] may then answer the
     /// same question next time. None: nothing is remembered.
     pub words: Vec<String>,
+    /// Says why a stale step may not run here: nothing is trained in CI unasked.
+    pub refuse: Option<fn(&Node) -> Option<Failure>>,
 }
 
 /// What a build came to.
@@ -168,9 +170,14 @@ impl Engine {
                     let node = &graph.nodes[place];
                     let found = match self.look(node, &facts[&node.id].0, &outputs, &tell) {
                         Ok(Looked::Stale(ready, stale, share)) => {
-                            let share = machine.limit(share);
-                            line.push_back(Waiting { place, ready: *ready, stale, share });
-                            continue;
+                            match options.refuse.and_then(|refuse| refuse(node)) {
+                                Some(refused) => Err(refused.into()),
+                                None => {
+                                    let share = machine.limit(share);
+                                    line.push_back(Waiting { place, ready: *ready, stale, share });
+                                    continue;
+                                }
+                            }
                         }
                         Ok(Looked::Found(built)) => Ok(built),
                         Err(error) => Err(error),

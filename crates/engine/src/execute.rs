@@ -263,7 +263,7 @@ fn moved(node: &Node, input: &Input) -> Failure {
     .hint("build again once the file is at rest")
 }
 
-fn origin(node: &Node, input: &Input) -> String {
+pub(crate) fn origin(node: &Node, input: &Input) -> String {
     match &input.from {
         Origin::Target(id) if id.recipe == node.id.recipe => id.target.clone(),
         Origin::Target(id) => id.to_string(),

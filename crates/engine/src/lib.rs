@@ -4,6 +4,7 @@
 //! [`Registry`] is handed to it.
 
 mod act;
+mod alone;
 mod build;
 mod capacity;
 pub mod code;
@@ -15,6 +16,7 @@ pub mod gc;
 pub mod graph;
 mod links;
 pub mod lock;
+pub mod nar;
 pub mod plan;
 mod process;
 pub mod resolve;
@@ -37,6 +39,7 @@ use step::{Action, ActionKey, ActionResult, Failure};
 use store::Store;
 
 pub use act::Errand;
+pub use alone::Given;
 pub use build::{Built, Options, Outcome};
 pub use event::Event;
 pub use fresh::Remembered;

@@ -185,6 +185,14 @@ impl<'a> Resolver<'a> {
         Ok(graph)
     }
 
+    /// One target, without those that it needs: their files need not be there.
+    pub fn alone(&mut self, id: &TargetId) -> Result<Node, Error> {
+        self.recipe(&id.recipe, None)
+            .and_then(|_| self.node(id))
+            .map(|(node, _)| node)
+            .map_err(|e| e.relative_to(self.root))
+    }
+
     /// Depth first; `path` is the chain of targets that led here, for cycles.
     fn visit(
         &mut self,

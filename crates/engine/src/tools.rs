@@ -205,6 +205,17 @@ pub fn ensure(
         fingerprint(&own)?;
         return Ok(own.paths);
     }
+    Ok((tool.paths)(&pinned(name, root, dir, tell)?))
+}
+
+/// The folder of the pinned tool, whatever the user has: one fetched before, or fetched now.
+pub fn pinned(
+    name: &str,
+    root: &Path,
+    dir: &Path,
+    tell: &mut dyn FnMut(&str),
+) -> Result<PathBuf, Failure> {
+    let tool = find(name)?;
     let place = tool.place(root, dir)?;
     if !place.join(tool.proof).exists() {
         let _one_at_a_time = lock(dir, name, tell)?;
@@ -213,7 +224,27 @@ pub fn ensure(
             tool.fetch(root, &place, tell)?;
         }
     }
-    Ok((tool.paths)(&place))
+    Ok(place)
+}
+
+/// What names the pinned tool's folder: its version, and a hash of its pins and of what is kept.
+pub fn pinned_name(name: &str, root: &Path) -> Result<String, Failure> {
+    let place = find(name)?.place(root, Path::new(""))?;
+    Ok(text(&place))
+}
+
+/// The tool whose folder is `place`.
+pub fn at(name: &str, place: &Path) -> Result<ToolPaths, Failure> {
+    let tool = find(name)?;
+    let proof = place.join(tool.proof);
+    if !proof.exists() {
+        return Err(Failure::input(format!(
+            "{} is no {name}: it has no {}",
+            text(place),
+            tool.proof
+        )));
+    }
+    Ok((tool.paths)(place))
 }
 
 /// Whether a tool is there, and how to get it if not. Fetches nothing.

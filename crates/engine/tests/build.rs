@@ -18,6 +18,23 @@ fn a_second_build_runs_nothing() {
 }
 
 #[test]
+fn what_may_not_run_here_is_found_or_refused() {
+    let w = Workspace::new(RECIPE);
+    let refuse = |node: &engine::Node| {
+        (node.def.name == "demo/lines").then(|| step::Failure::input(format!("not {}", node.id)))
+    };
+    let build = || {
+        let engine = w.engine();
+        let options = Options { refuse: Some(refuse), ..Options::default() };
+        let outcome = engine.build(&w.graph(&engine, "r"), options, &mut |_| {}).unwrap();
+        outcome.into_result().map(|built| built.len()).map_err(|error| error.to_string())
+    };
+    assert_eq!(build(), Err("not r/count".into()));
+    w.build("r").unwrap();
+    assert_eq!(build(), Ok(2));
+}
+
+#[test]
 fn what_does_not_matter_makes_nothing_stale() {
     let w = Workspace::new(RECIPE);
     w.build("r").unwrap();

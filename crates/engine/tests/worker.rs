@@ -14,6 +14,7 @@ use step::worker::Job;
 fn main() -> ExitCode {
     step::worker::main(&[
         ("demo/upper", upper),
+        ("demo/rough", upper),
         ("demo/lines", lines),
         ("demo/fail", fail),
         ("demo/slow", slow),

@@ -37,9 +37,6 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// The largest first.
-    pub const ALL: [Dtype; 5] = [Dtype::Fp32, Dtype::Fp16, Dtype::Int8, Dtype::Q4, Dtype::Q4f16];
-
     /// What stands after `model` in a file's name.
     pub const fn suffix(self) -> &'static str {
         match self {

@@ -25,25 +25,22 @@ impl<'a> Meant<'a> {
         Ok(Self { weights, schemes, half: options.dtype.is_half() })
     }
 
-    /// Rows of the tensor that the checkpoint calls `name`. A vector is one row.
+    /// Rows of the tensor that the checkpoint calls `name`, one or more. A vector is one row.
     pub fn rows(
         &self,
         name: &str,
         rows: Range<usize>,
         out: &mut Vec<f32>,
     ) -> Result<(), checkpoint::Error> {
-        let tensor = self.weights.get(name)?;
-        let columns = tensor.shape.last().copied().unwrap_or(1);
-        out.resize(rows.len() * columns, 0.0);
-        tensor.read_f32(rows.start * columns, out)?;
-        let row = columns * tensor.dtype.bitsize() / 8;
-        self.weights.let_go_of(&tensor.data[rows.start * row..rows.end * row]);
+        let height = rows.len();
+        self.weights.rows(name, rows, out)?;
         let scheme = match name {
             names::EMBED | names::LM_HEAD => self.schemes.head,
             _ if names::is_linear(name) => self.schemes.linear,
             _ => None,
         };
         if let Some(scheme) = scheme {
+            let columns = out.len() / height;
             out.chunks_exact_mut(columns).for_each(|row| scheme.round(row));
         } else if self.half && !name.ends_with("norm.weight") {
             // Norms are f32 in any graph.

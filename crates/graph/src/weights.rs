@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use checkpoint::weights::{TensorRef, Weights};
+use checkpoint::weights::{TensorRef, Weights, all_finite};
 use half::f16;
 use rayon::prelude::*;
 
@@ -401,9 +401,6 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// Without a branch in the loop, so that it is done many at a time.
 fn finite(values: &[f32], name: &str) -> Result<(), Error> {
-    const EXPONENT: u32 = 0x7f80_0000;
-    let all = values.iter().fold(true, |all, x| all & (x.to_bits() & EXPONENT != EXPONENT));
-    if all { Ok(()) } else { Err(Error::NotFinite(name.into())) }
+    if all_finite(values) { Ok(()) } else { Err(Error::NotFinite(name.into())) }
 }

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 pub use diagnostic::{Diagnostic, Source};
 pub use input::InputRef;
-pub use lock::Lock;
+pub use lock::{Lock, PinnedResult};
 pub use parse::is_name;
 pub use suggest::nearest;
 

@@ -1,4 +1,5 @@
-//! The file beside a recipe that pins what lies outside: `demo.lock`. Meant to be committed.
+//! The file beside a recipe that pins what lies outside, and results that cannot be made anywhere
+//! again: `demo.lock`. Meant to be committed.
 //!
 //! Knows nothing of what a pin says. The bytes depend on the pins alone: sorted, no times.
 
@@ -8,7 +9,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use step::Failure;
+use step::{ActionKey, BlobDigest, Failure, TreeDigest};
 
 use crate::{Diagnostic, Source};
 
@@ -22,6 +23,22 @@ const HEAD: &str =
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Lock {
     pins: BTreeMap<String, Pin>,
+    results: BTreeMap<String, PinnedResult>,
+}
+
+/// A target's artifact, named by its bytes for those who cannot make it: another processor, a
+/// machine without a GPU, a build without the network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PinnedResult {
+    /// The action whose result it is.
+    pub action: ActionKey,
+    /// Of what recipes and files say of it and of all that it is made of. Another one makes it stale,
+    /// which can be seen without making anything.
+    pub declared: BlobDigest,
+    pub tree: TreeDigest,
+    /// Of the folder as a Nix archive.
+    pub sha256: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,6 +55,8 @@ struct File {
     version: u32,
     #[serde(default)]
     target: BTreeMap<String, Pin>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    results: BTreeMap<String, PinnedResult>,
 }
 
 impl Lock {
@@ -62,7 +81,7 @@ impl Lock {
             return Err(Diagnostic::of_file(path, message).help("update Anneal"));
         }
         let file: File = toml::from_str(&text).map_err(wrong)?;
-        Ok(Self { pins: file.target })
+        Ok(Self { pins: file.target, results: file.results })
     }
 
     /// A target's pin, if it was made for these parameters.
@@ -76,15 +95,30 @@ impl Lock {
         self.pins.insert(target.into(), pin);
     }
 
+    /// A target's pinned result.
+    pub fn result(&self, target: &str) -> Option<&PinnedResult> {
+        self.results.get(target)
+    }
+
+    /// Pins a target's result, or forgets the one that is pinned.
+    pub fn set_result(&mut self, target: &str, result: Option<PinnedResult>) {
+        match result {
+            Some(result) => _ = self.results.insert(target.into(), result),
+            None => _ = self.results.remove(target),
+        }
+    }
+
     /// Forgets the pins of targets that are not among `names`.
     pub fn retain<'a>(&mut self, names: impl IntoIterator<Item = &'a str>) {
         let names: Vec<&str> = names.into_iter().collect();
         self.pins.retain(|target, _| names.contains(&target.as_str()));
+        self.results.retain(|target, _| names.contains(&target.as_str()));
     }
 
     /// The file's bytes.
     pub fn to_text(&self) -> String {
-        let file = File { version: VERSION, target: self.pins.clone() };
+        let file =
+            File { version: VERSION, target: self.pins.clone(), results: self.results.clone() };
         let body = toml::to_string_pretty(&file).expect("JSON without nulls is TOML");
         format!("{HEAD}{body}")
     }

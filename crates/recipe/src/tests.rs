@@ -214,6 +214,8 @@ fn no_span_makes_a_diagnostic_panic() {
 }
 
 mod lock {
+    use step::{ActionKey, BlobDigest, TreeDigest};
+
     use super::*;
 
     fn example() -> Lock {
@@ -232,6 +234,15 @@ mod lock {
             &json!({}),
             &json!({"nested": {"deep": {"x": 0.5}}, "list": [[1], []]}),
         );
+        let result = PinnedResult {
+            action: ActionKey::of(b"action"),
+            declared: BlobDigest::of(b"declared"),
+            tree: TreeDigest::of(b"tree"),
+            sha256: "cd".repeat(32),
+        };
+        lock.set_result("base", Some(result.clone()));
+        lock.set_result("gone", Some(result));
+        lock.set_result("gone", None);
         lock
     }
 

@@ -31,14 +31,7 @@ pub trait Source: Sync {
 
 impl Source for Weights {
     fn rows(&self, name: &str, rows: Range<usize>, out: &mut Vec<f32>) -> Result<(), Error> {
-        let tensor = self.get(name)?;
-        let columns = tensor.shape.last().copied().unwrap_or(1);
-        out.resize(rows.len() * columns, 0.0);
-        tensor.read_f32(rows.start * columns, out)?;
-        // From the first row on: the system brings in neighbours of a page that is read.
-        let end = rows.end * columns * tensor.dtype.bitsize() / 8;
-        self.let_go_of(&tensor.data[..end]);
-        Ok(())
+        Weights::rows(self, name, rows, out)
     }
 }
 

@@ -13,10 +13,10 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use engine::Engine;
 use serde_json::{Value, json};
-use step::worker::{Input, Mode, Request};
 use step::{Failure, Kind};
 
 use super::{median, time};
+use crate::cli::Cases;
 use crate::display::{self, Table};
 use crate::registry::REGISTRY;
 
@@ -24,13 +24,6 @@ const OURS: &str = "anneal";
 /// As `export.py` names them, and their folders.
 const MODELS: [(&str, &str); 2] =
     [("Llama 270M", "llama-270m"), ("TinyLlama 1.1B", "tinyllama-1.1b")];
-
-pub struct Options {
-    /// Cases with this in their names.
-    pub only: Option<String>,
-    pub rounds: u64,
-    pub threads: usize,
-}
 
 /// What one side took for a case, all its processes together.
 #[derive(Clone, Copy, Default)]
@@ -49,14 +42,14 @@ struct Side {
     samples: Vec<Sample>,
 }
 
-pub fn run(root: &Path, options: &Options) -> anyhow::Result<()> {
-    let bench = Bench::new(root, options)?;
+pub fn run(root: &Path, cases: &Cases) -> anyhow::Result<()> {
+    let bench = Bench::new(root, cases)?;
     let mut table = Table::new(["case", "side", "wall", "cpu", "memory", "size"]);
     let mut ratios = Table::new(["case", "beside", "wall", "cpu", "memory"]);
     for (model, folder) in MODELS {
         for case in CASES {
             let name = format!("{model}, {}", case.name);
-            if options.only.as_ref().is_some_and(|only| !name.contains(only.as_str())) {
+            if !cases.wants(&name) {
                 continue;
             }
             let sides = bench.case(&name, &bench.model(model, folder)?, &case)?;
@@ -151,7 +144,7 @@ const CASES: [Case; 4] = [
                 let mut quantize =
                     Command::new(bench.dir.join("llama.cpp/build/bin/llama-quantize"));
                 quantize.args([between.as_path(), &out.join("q4_k_m.gguf")]);
-                quantize.arg("Q4_K_M").arg(bench.options.threads.to_string());
+                quantize.arg("Q4_K_M").arg(bench.cases.threads.to_string());
                 vec![bench.convert(model, "bf16", &between), quantize]
             },
         }],
@@ -159,7 +152,7 @@ const CASES: [Case; 4] = [
 ];
 
 struct Bench<'a> {
-    options: &'a Options,
+    cases: &'a Cases,
     engine: Engine,
     /// Below the target folder, and kept: models and peers take a while to make.
     dir: PathBuf,
@@ -167,7 +160,7 @@ struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    fn new(root: &Path, options: &'a Options) -> anyhow::Result<Self> {
+    fn new(root: &Path, cases: &'a Cases) -> anyhow::Result<Self> {
         let engine = Engine::open(root, REGISTRY)?;
         let dir = root.join("target/bench-export");
         let cmake = engine.tool("cmake", &mut |_| {})?;
@@ -175,12 +168,12 @@ impl<'a> Bench<'a> {
         let mut set_up = Command::new("bash");
         set_up.arg("xtask/src/bench/export.sh").arg(&dir).current_dir(root).envs(cmake.env);
         super::run(&mut set_up)?;
-        Ok(Self { options, engine, dir, script: root.join("xtask/src/bench/export.py") })
+        Ok(Self { cases, engine, dir, script: root.join("xtask/src/bench/export.py") })
     }
 
     fn python(&self) -> Command {
         let mut python = Command::new(self.dir.join("venv/bin/python"));
-        python.env("OMP_NUM_THREADS", self.options.threads.to_string());
+        python.env("OMP_NUM_THREADS", self.cases.threads.to_string());
         python
     }
 
@@ -211,7 +204,7 @@ impl<'a> Bench<'a> {
         sides.extend(case.peers.iter().map(|peer| side(peer.name)));
         let family = case.step.split('/').next().unwrap_or_default();
         let worker = self.engine.compile(family, &Default::default(), &mut |_| {})?;
-        for round in 1..=self.options.rounds {
+        for round in 1..=self.cases.rounds {
             for (i, side) in sides.iter_mut().enumerate() {
                 eprintln!("{name}: {}, round {round}", side.name);
                 let run = self.dir.join("run");
@@ -243,41 +236,17 @@ impl<'a> Bench<'a> {
 
     /// The request of one run of ours.
     fn request(&self, case: &Case, model: &Path, run: &Path) -> anyhow::Result<PathBuf> {
-        let input = |name: &str, kind, dir: &str| {
-            let one =
-                Input { label: name.into(), kind, path: model.join(dir), origin: name.into() };
-            (name.to_string(), vec![one])
-        };
+        let def = REGISTRY.steps().find(|def| def.name == case.step).context("a known step")?;
+        let folder = |name| model.join(name);
         let inputs = match case.step {
             "merge/lora" => vec![
-                input("base", Kind::Model, "model"),
-                input("adapter", Kind::Adapter, "adapter"),
+                ("base", Kind::Model, folder("model")),
+                ("adapter", Kind::Adapter, folder("adapter")),
             ],
-            _ => vec![input("model", Kind::Model, "model")],
+            _ => vec![("model", Kind::Model, folder("model"))],
         };
-        let defs = REGISTRY.families.iter().flat_map(|family| family.steps);
-        let def = defs.into_iter().find(|def| def.name == case.step).context("a known step")?;
         let Value::Object(params) = (case.params)() else { unreachable!("an object") };
-        let folder = |name: &str| -> anyhow::Result<PathBuf> {
-            let dir = run.join(name);
-            fs::create_dir_all(&dir)?;
-            Ok(dir)
-        };
-        let request = Request {
-            format: 1,
-            step: case.step.into(),
-            mode: Mode::Build,
-            params: (def.resolve)(params)?,
-            inputs: inputs.into_iter().collect(),
-            out: folder("out")?,
-            report: folder("report")?,
-            scratch: folder("scratch")?,
-            tools: Default::default(),
-            threads: self.options.threads,
-        };
-        let path = run.join("request.json");
-        fs::write(&path, serde_json::to_vec_pretty(&request)?)?;
-        Ok(path)
+        super::request(run, def, (def.resolve)(params)?, &inputs, self.cases.threads)
     }
 }
 

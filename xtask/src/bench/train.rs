@@ -15,10 +15,11 @@ use clap::ValueEnum;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
-use step::worker::{Event, Input, Mode, Request};
+use step::worker::Event;
 use step::{BlobDigest, Failure, Kind, Known, StepDef};
 
 use super::{median, time};
+use crate::cli::Cases;
 use crate::display::{self, Table};
 use crate::registry::REGISTRY;
 
@@ -71,16 +72,8 @@ struct Side {
     refused: Option<String>,
 }
 
-pub struct Options {
-    pub device: Device,
-    /// Cases with this in their names.
-    pub only: Option<String>,
-    pub rounds: u64,
-    pub threads: usize,
-}
-
-pub fn run(root: &Path, options: &Options) -> anyhow::Result<()> {
-    let bench = Bench::new(root, options)?;
+pub fn run(root: &Path, device: Device, cases: &Cases) -> anyhow::Result<()> {
+    let bench = Bench::new(root, device, cases)?;
     let mut table = Table::new([
         "case",
         "side",
@@ -92,11 +85,11 @@ pub fn run(root: &Path, options: &Options) -> anyhow::Result<()> {
         "loss",
     ]);
     let mut ratios = Table::new(["case", "time", "memory", "loss apart", ""]);
-    for shape in shapes(options.device) {
+    for shape in shapes(device) {
         let mut made = false;
-        for (compute, bits) in kinds(options.device) {
+        for (compute, bits) in kinds(device) {
             let case = format!("{}, {}", shape.name, if bits == 4 { "NF4" } else { compute });
-            if options.only.as_ref().is_some_and(|only| !case.contains(only.as_str())) {
+            if !cases.wants(&case) {
                 continue;
             }
             if !made {
@@ -116,7 +109,8 @@ pub fn run(root: &Path, options: &Options) -> anyhow::Result<()> {
 }
 
 struct Bench<'a> {
-    options: &'a Options,
+    device: Device,
+    cases: &'a Cases,
     /// Below the target folder: models are large.
     dir: tempfile::TempDir,
     worker: PathBuf,
@@ -125,7 +119,7 @@ struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    fn new(root: &Path, options: &'a Options) -> anyhow::Result<Self> {
+    fn new(root: &Path, device: Device, cases: &'a Cases) -> anyhow::Result<Self> {
         let engine = engine::Engine::open(root, REGISTRY)?;
         let libtorch = engine.tool("libtorch", &mut |_| {})?;
         let worker = engine.compile("train", &libtorch.env, &mut |_| {})?;
@@ -137,7 +131,7 @@ impl<'a> Bench<'a> {
         let python = root.join(String::from_utf8(venv.stdout)?.trim());
         let dir = tempfile::Builder::new().prefix("bench-").tempdir_in(root.join("target"))?;
         let peer = root.join("xtask/src/bench/train.py");
-        Ok(Self { options, dir, worker, python, peer })
+        Ok(Self { device, cases, dir, worker, python, peer })
     }
 
     /// A model folder with random weights, and a dataset folder with random tokens.
@@ -173,17 +167,17 @@ impl<'a> Bench<'a> {
         compute: &str,
         bits: u8,
     ) -> anyhow::Result<Vec<Side>> {
-        let most = self.options.threads;
+        let most = self.cases.threads;
         let own = if shape.small { 1 } else { most };
         let mut sides = vec![Side::new(OURS, own), Side::new(THEIRS, own)];
-        if own != most && self.options.device == Device::Cpu {
+        if own != most && self.device == Device::Cpu {
             sides.push(Side::new(THEIRS, most));
         }
         let params = self.params(shape, compute, bits)?;
         if let Err(unsupported) = (LORA.supports)(&params, &Known::new()) {
             sides[0].refused = Some(unsupported.to_string());
         }
-        for round in 1..=self.options.rounds {
+        for round in 1..=self.cases.rounds {
             for side in sides.iter_mut().filter(|side| side.refused.is_none()) {
                 eprintln!("{case}: {}, {} threads, round {round}", side.name, side.threads);
                 let (request, log) = self.request(&params, side.threads)?;
@@ -197,10 +191,10 @@ impl<'a> Bench<'a> {
                 command.arg(request);
                 // Ours sets it for itself. On a busy machine threads that spin cost many times more.
                 command.env("OMP_WAIT_POLICY", "passive");
-                if self.options.device == Device::Cuda {
+                if self.device == Device::Cuda {
                     command.env("LD_LIBRARY_PATH", self.cuda_libraries()?);
                 }
-                match measure(&mut command, &log, self.options.device)? {
+                match measure(&mut command, &log, self.device)? {
                     Ok(sample) => side.samples.push(sample),
                     Err(said) => side.refused = Some(said),
                 }
@@ -210,7 +204,7 @@ impl<'a> Bench<'a> {
     }
 
     fn params(&self, shape: &Shape, compute: &str, bits: u8) -> anyhow::Result<Value> {
-        let Value::Object(params) = json!({
+        let params = json!({
             "rank": shape.rank,
             "alpha": shape.rank,
             "dropout": 0,
@@ -229,9 +223,8 @@ impl<'a> Bench<'a> {
             "device": self.device(),
             // Never.
             "checkpoint_every": shape.steps + 1,
-        }) else {
-            unreachable!("the table above is an object")
-        };
+        });
+        let Value::Object(params) = params else { unreachable!("the table above is an object") };
         (LORA.resolve)(params).context("the parameters of the bench")
     }
 
@@ -239,36 +232,15 @@ impl<'a> Bench<'a> {
     fn request(&self, params: &Value, threads: usize) -> anyhow::Result<(PathBuf, PathBuf)> {
         let run = self.dir.path().join("run");
         let _ = fs::remove_dir_all(&run);
-        let folder = |name: &str| -> anyhow::Result<PathBuf> {
-            let dir = run.join(name);
-            fs::create_dir_all(&dir)?;
-            Ok(dir)
-        };
-        let input = |name: &str, kind, dir: &str| {
-            let path = self.dir.path().join(dir);
-            let one = Input { label: name.into(), kind, path, origin: name.into() };
-            (name.to_string(), vec![one])
-        };
-        let request = Request {
-            format: 1,
-            step: LORA.name.into(),
-            mode: Mode::Build,
-            params: params.clone(),
-            inputs: [input("base", Kind::Model, "model"), input("dataset", Kind::Dataset, "data")]
-                .into(),
-            out: folder("out")?,
-            report: folder("report")?,
-            scratch: folder("scratch")?,
-            tools: Default::default(),
-            threads,
-        };
-        let path = run.join("request.json");
-        fs::write(&path, serde_json::to_vec_pretty(&request)?)?;
+        let folder = |name| self.dir.path().join(name);
+        let inputs =
+            [("base", Kind::Model, folder("model")), ("dataset", Kind::Dataset, folder("data"))];
+        let path = super::request(&run, &LORA, params.clone(), &inputs, threads)?;
         Ok((path, run.join("stderr")))
     }
 
     fn device(&self) -> &'static str {
-        match self.options.device {
+        match self.device {
             Device::Cpu => "cpu",
             Device::Cuda => "cuda",
         }
@@ -288,7 +260,7 @@ impl<'a> Bench<'a> {
 
     /// Ours over the best of theirs.
     fn ratio(&self, case: &str, sides: &[Side]) -> [String; 5] {
-        let of = |side: &Side| match self.options.device {
+        let of = |side: &Side| match self.device {
             Device::Cpu => side.median(|s| s.cpu),
             Device::Cuda => side.median(|s| s.wall),
         };

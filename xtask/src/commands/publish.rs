@@ -158,7 +158,7 @@ fn releases(told: &Value) {
         let current = release["release"] == told["current"];
         table.row([
             text(release, "release").to_string(),
-            super::show::when(number(release, "published")),
+            crate::display::when(number(release, "published")),
             number(release, "files").to_string(),
             bytes(number(release, "bytes")),
             if current { "current".into() } else { String::new() },

@@ -33,7 +33,7 @@ fn one(engine: &Engine, id: &TargetId, log: bool, json: bool) -> anyhow::Result<
     println!("{id}  {}", result.step);
     println!("  action  {}", result.key);
     println!("  output  {}  {}", result.output, display::bytes(tree.size()));
-    println!("  made    {} on {} ({})", when(p.started), p.host, p.device);
+    println!("  made    {} on {} ({})", display::when(p.started), p.host, p.device);
     println!(
         "  took    {} ({} cpu, {} memory)",
         display::seconds(p.wall_seconds),
@@ -87,22 +87,6 @@ fn summary(report: &str) -> &str {
     report.split("\n## ").next().unwrap_or_default().trim_end()
 }
 
-/// Seconds since 1970 as `2026-11-20 19:30 UTC` (civil calendar from days: Howard Hinnant,
-/// "chrono-Compatible Low-Level Date Algorithms").
-pub fn when(seconds: u64) -> String {
-    let days = (seconds / 86_400) as i64 + 719_468;
-    let era = days.div_euclid(146_097);
-    let doe = days.rem_euclid(146_097);
-    let yoe = (doe - doe / 1_460 + doe / 36_524 - doe / 146_096) / 365;
-    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-    let mp = (5 * doy + 2) / 153;
-    let day = doy - (153 * mp + 2) / 5 + 1;
-    let month = if mp < 10 { mp + 3 } else { mp - 9 };
-    let year = yoe + era * 400 + i64::from(month <= 2);
-    let (h, m) = (seconds / 3600 % 24, seconds / 60 % 60);
-    format!("{year}-{month:02}-{day:02} {h:02}:{m:02} UTC")
-}
-
 #[cfg(test)]
 mod tests {
     #[test]
@@ -110,12 +94,5 @@ mod tests {
         let report = "# Merge\n\n28 tensors.\n\n## Tensor by tensor\n| a |\n";
         assert_eq!(super::summary(report), "# Merge\n\n28 tensors.");
         assert_eq!(super::summary("all of it\n"), "all of it");
-    }
-
-    #[test]
-    fn days_become_dates() {
-        assert_eq!(super::when(0), "1970-01-01 00:00 UTC");
-        assert_eq!(super::when(951_782_400), "2000-02-29 00:00 UTC");
-        assert_eq!(super::when(1_795_203_000), "2026-11-20 19:30 UTC");
     }
 }

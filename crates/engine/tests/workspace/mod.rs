@@ -8,10 +8,13 @@ use std::path::PathBuf;
 use engine::{Engine, Event, Graph, Options, Outcome, Registry, Status, TargetId, Workers};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use step::{BlobDigest, Family, InputDef, Kind, Known, Needs, Step, StepDef};
+use step::{BlobDigest, Family, InputDef, Kind, Known, Needs, Rebuild, Step, StepDef};
 
 macro_rules! demo_step {
     ($type:ident, $name:literal, $threads:expr) => {
+        demo_step!($type, $name, $threads, Rebuild::BitForBit);
+    };
+    ($type:ident, $name:literal, $threads:expr, $rebuild:expr) => {
         #[derive(Serialize, Deserialize, JsonSchema)]
         #[serde(deny_unknown_fields)]
         struct $type {
@@ -25,6 +28,7 @@ macro_rules! demo_step {
             const INPUTS: &'static [InputDef] =
                 &[InputDef::one("text", &[Kind::Files]), InputDef::many("more", &[Kind::Files])];
             const OUTPUT: Kind = Kind::Files;
+            const REBUILD: Rebuild = $rebuild;
 
             fn needs(&self, _: &Known) -> Needs {
                 let tflop = (self.level > 0).then_some(f64::from(self.level));
@@ -35,6 +39,7 @@ macro_rules! demo_step {
 }
 
 demo_step!(Upper, "demo/upper", None);
+demo_step!(Rough, "demo/rough", None, Rebuild::WithinTolerance(0.1));
 demo_step!(Lines, "demo/lines", None);
 demo_step!(Fail, "demo/fail", None);
 demo_step!(Slow, "demo/slow", Some(1));
@@ -46,11 +51,11 @@ demo_step!(Nosy, "demo/nosy", None);
 /// Says what it was asked, and of which bytes.
 #[derive(Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct Send {
+struct Outside {
     to: String,
 }
 
-impl Step for Send {
+impl Step for Outside {
     const NAME: &'static str = "demo/send";
     const ABOUT: &'static str = "A step that acts outside.";
     const INPUTS: &'static [InputDef] = &[InputDef::one("text", &[Kind::Files])];
@@ -62,6 +67,7 @@ static FAMILY: Family = Family {
     name: "demo",
     steps: &[
         StepDef::of::<Upper>(),
+        StepDef::of::<Rough>(),
         StepDef::of::<Lines>(),
         StepDef::of::<Fail>(),
         StepDef::of::<Slow>(),
@@ -69,7 +75,7 @@ static FAMILY: Family = Family {
         StepDef::of::<Full>(),
         StepDef::of::<Babble>(),
         StepDef::of::<Nosy>(),
-        StepDef::of::<Send>(),
+        StepDef::of::<Outside>(),
     ],
     build_tools: &[],
 };

@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use eval::perplexity::Perplexity;
+use reference::{kl, log_softmax, top};
 use step::Failure;
 use step::worker::{Input, Job, Progress};
 
@@ -279,33 +280,6 @@ fn report(
         models,
         examples: Vec::new(),
     }
-}
-
-/// Over the vocabulary, summed in f64.
-fn log_softmax(logits: &[f32]) -> Vec<f32> {
-    let highest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    let sum: f64 = logits.iter().map(|&l| (f64::from(l) - highest).exp()).sum();
-    let norm = highest + sum.ln();
-    logits.iter().map(|&l| (f64::from(l) - norm) as f32).collect()
-}
-
-fn kl(expected: &[f32], found: &[f32]) -> f64 {
-    let term = |(&p, &q): (&f32, &f32)| match f64::from(p).exp() {
-        0.0 => 0.0,
-        share => share * (f64::from(p) - f64::from(q)),
-    };
-    expected.iter().zip(found).map(term).sum()
-}
-
-/// The most likely token, the lowest where two are equal.
-fn top(logs: &[f32]) -> usize {
-    let mut best = 0;
-    for (id, &log) in logs.iter().enumerate() {
-        if log > logs[best] {
-            best = id;
-        }
-    }
-    best
 }
 
 fn put(values: &[f32], bytes: &mut [u8]) {

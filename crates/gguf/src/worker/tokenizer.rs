@@ -4,13 +4,17 @@
 //! name is found by comparing rules, and a rule without a name is refused. A wrong name would load
 //! and give other tokens.
 
-use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt;
+use std::path::Path;
 
 use anyhow::Result;
 use checkpoint::chat::Template;
 use checkpoint::config::{Architecture, Config};
+use checkpoint::tokens;
 use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
 use serde_json::Value as Json;
 use step::Failure;
 
@@ -84,9 +88,9 @@ struct Model {
     #[serde(rename = "type", default)]
     kind: Option<String>,
     #[serde(default)]
-    vocab: Json,
+    vocab: tokens::Vocab,
     #[serde(default)]
-    merges: Vec<Json>,
+    merges: Vec<Merge>,
     #[serde(default)]
     byte_fallback: bool,
     #[serde(default)]
@@ -99,10 +103,63 @@ struct Model {
     unk_token: Option<String>,
 }
 
+/// Two tokens that become one. They are written `"a b"` or `["a", "b"]`.
+#[derive(Debug, PartialEq)]
+struct Merge {
+    made: String,
+    /// Where in `made` the second begins.
+    second: usize,
+}
+
+impl Merge {
+    fn of(first: &str, second: &str) -> Self {
+        Self { made: [first, second].concat(), second: first.len() }
+    }
+
+    /// As a GGUF key has it. A space inside a token would end it; llama.cpp reads this letter for it.
+    fn text(&self) -> String {
+        let solid = |part: &str| part.replace(' ', "Ġ");
+        let (first, second) = self.made.split_at(self.second);
+        format!("{} {}", solid(first), solid(second))
+    }
+}
+
+impl<'de> Deserialize<'de> for Merge {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Two;
+        impl<'de> Visitor<'de> for Two {
+            type Value = Merge;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a merge of two tokens")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Merge, E> {
+                let two = text.split_once(' ').map(|(first, second)| Merge::of(first, second));
+                two.ok_or_else(|| E::custom(format!("{text:?} is no merge of two tokens")))
+            }
+
+            fn visit_seq<S: SeqAccess<'de>>(self, mut seq: S) -> Result<Merge, S::Error> {
+                let mut made = seq.next_element::<String>()?.unwrap_or_default();
+                let second = made.len();
+                match seq.next_element::<String>()? {
+                    Some(text) => made.push_str(&text),
+                    None => {
+                        return Err(S::Error::custom(format!("{made:?} is merged with nothing")));
+                    }
+                }
+                Ok(Merge { made, second })
+            }
+        }
+        deserializer.deserialize_any(Two)
+    }
+}
+
 /// The keys of the tokenizer in the folder `dir`.
 pub fn read(dir: &Path, config: &Config) -> Result<Keys> {
     let path = dir.join("tokenizer.json");
-    let file: File = serde_json::from_value(json(&path)?)
+    let bytes = bytes(&path)?;
+    let file: File = serde_json::from_slice(&bytes)
         .map_err(|e| Failure::input(format!("{}: {e}", path.display())))?;
     let rule = rule::of(&file).map_err(|what| {
         Failure::input(format!("{}: llama.cpp has no name for {what}", path.display())).hint(
@@ -132,7 +189,6 @@ pub fn read(dir: &Path, config: &Config) -> Result<Keys> {
 
     let mut keys = Vec::new();
     let mut put = |key: &str, value: Value| keys.push((format!("tokenizer.{key}"), value));
-    let merges = merges(&file.model, &path)?;
     match &rule {
         Rule::Bytes(pre) => {
             put("ggml.model", Value::Text("gpt2".into()));
@@ -143,15 +199,15 @@ pub fn read(dir: &Path, config: &Config) -> Result<Keys> {
             put("ggml.pre", Value::Text("default".into()));
         }
     }
-    put("ggml.tokens", Value::Texts(vocab.texts.clone()));
+    put("ggml.tokens", Value::Texts(vocab.texts.iter().map(|text| text.to_string()).collect()));
     match &rule {
         Rule::Bytes(_) => {
             put("ggml.token_type", Value::I32s(vocab.types.clone()));
-            let joined = merges.iter().map(|[a, b]| format!("{} {}", solid(a), solid(b)));
-            put("ggml.merges", Value::Texts(joined.collect()));
+            let merges = file.model.merges.iter().map(Merge::text);
+            put("ggml.merges", Value::Texts(merges.collect()));
         }
         Rule::Pieces { .. } => {
-            put("ggml.scores", Value::F32s(scores(&vocab, &merges)));
+            put("ggml.scores", Value::F32s(scores(&vocab, &file.model.merges)));
             put("ggml.token_type", Value::I32s(vocab.piece_types(&file.model)));
         }
     }
@@ -179,26 +235,33 @@ pub fn read(dir: &Path, config: &Config) -> Result<Keys> {
 }
 
 /// Tokens by id.
-struct Vocab {
-    texts: Vec<String>,
+struct Vocab<'a> {
+    texts: Vec<Cow<'a, str>>,
     types: Vec<i32>,
-    ids: HashMap<String, u32>,
+    ids: HashMap<Cow<'a, str>, u32>,
     notes: Vec<String>,
 }
 
-impl Vocab {
-    fn new(file: &File, config: &Config, path: &Path) -> Result<Self> {
+impl<'a> Vocab<'a> {
+    fn new(file: &'a File, config: &Config, path: &Path) -> Result<Self> {
         let wrong = |message: String| Failure::input(format!("{}: {message}", path.display()));
-        let vocab = file.model.vocab.as_object().ok_or_else(|| wrong("no `vocab`".into()))?;
-        let plain = vocab.iter().map(|(text, id)| {
-            let id = id.as_u64().ok_or_else(|| wrong(format!("token {text:?} has no id")))?;
-            Ok((id as usize, text, NORMAL))
-        });
-        let mut slots: BTreeMap<usize, (&str, i32)> = BTreeMap::new();
-        for entry in plain {
-            let (id, text, kind) = entry.map_err(|e: Failure| e)?;
-            if let Some((other, _)) = slots.insert(id, (text, kind)) {
-                return Err(wrong(format!("{other:?} and {text:?} both have the id {id}")).into());
+        let both =
+            |a: &str, b: &str, id: usize| wrong(format!("{a:?} and {b:?} both have the id {id}"));
+        if file.model.vocab.0.is_empty() {
+            return Err(wrong("no `vocab`".into()).into());
+        }
+        // By id: the text and the type.
+        let mut slots: Vec<Option<(&str, i32)>> = vec![None; config.vocab_size];
+        let mut beyond = None;
+        for (text, id) in &file.model.vocab.0 {
+            let id = *id as usize;
+            match slots.get_mut(id) {
+                Some(slot) => {
+                    if let Some((other, _)) = slot.replace((text, NORMAL)) {
+                        return Err(both(other, text, id).into());
+                    }
+                }
+                None => beyond = beyond.max(Some((id, text))),
             }
         }
         let mut notes = Vec::new();
@@ -213,21 +276,15 @@ impl Vocab {
                 true => CONTROL,
                 // Gemma's runs of spaces: as pieces they are merged all the same, and llama.cpp
                 // writes them as spaces.
-                false if added.content.contains('▁') && vocab.contains_key(&added.content) => {
-                    NORMAL
-                }
+                false if added.content.contains('▁') && slots[added.id].is_some() => NORMAL,
                 false => USER_DEFINED,
             };
-            let before = slots.insert(added.id, (&added.content, kind));
+            let before = slots[added.id].replace((&added.content, kind));
             if let Some((other, _)) = before.filter(|(other, _)| *other != added.content) {
-                let text = &added.content;
-                let message = format!("{other:?} and {text:?} both have the id {}", added.id);
-                return Err(wrong(message).into());
+                return Err(both(other, &added.content, added.id).into());
             }
         }
-        if let Some((id, (text, _))) =
-            slots.last_key_value().filter(|(id, _)| **id >= config.vocab_size)
-        {
+        if let Some((id, text)) = beyond {
             return Err(wrong(format!(
                 "token {text:?} has the id {id}, the model has embeddings for {} tokens",
                 config.vocab_size
@@ -235,20 +292,21 @@ impl Vocab {
             .hint("was the tokenizer made for this model?")
             .into());
         }
-        let mut all = Self { texts: Vec::new(), types: Vec::new(), ids: HashMap::new(), notes };
-        for id in 0..config.vocab_size {
-            let (text, kind) = match slots.get(&id) {
-                Some((text, kind)) => (text.to_string(), *kind),
-                None => (format!("[PAD{id}]"), UNUSED),
+        let mut ids = HashMap::with_capacity(slots.len());
+        let (mut texts, mut types) = (Vec::new(), Vec::new());
+        for (id, slot) in slots.into_iter().enumerate() {
+            let (text, kind) = match slot {
+                Some((text, kind)) => (Cow::Borrowed(text), kind),
+                None => (Cow::Owned(format!("[PAD{id}]")), UNUSED),
             };
             // llama.cpp stops with an assertion where two tokens are one text.
-            if all.ids.insert(text.clone(), id as u32).is_some() {
+            if ids.insert(text.clone(), id as u32).is_some() {
                 return Err(wrong(format!("two tokens are {text:?}")).into());
             }
-            all.texts.push(text);
-            all.types.push(kind);
+            texts.push(text);
+            types.push(kind);
         }
-        Ok(all)
+        Ok(Self { texts, types, ids, notes })
     }
 
     fn id(&self, text: &str) -> Option<u32> {
@@ -262,7 +320,7 @@ impl Vocab {
             let hex = text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
             match hex {
                 Some(hex) if hex.len() == 2 && u8::from_str_radix(hex, 16).is_ok() => BYTE,
-                _ if Some(text.as_str()) == unknown => UNKNOWN,
+                _ if Some(text.as_ref()) == unknown => UNKNOWN,
                 _ => *kind,
             }
         });
@@ -360,44 +418,18 @@ fn adds(beside: &Json, file: &File, role: &str, id: Option<u32>, vocab: &Vocab) 
             "bos" => single.and_then(|s| s.first()),
             _ => single.and_then(|s| s.last()),
         };
-        end.is_some_and(|end| end["SpecialToken"]["id"] == text.as_str())
+        end.is_some_and(|end| end["SpecialToken"]["id"] == text.as_ref())
     })
-}
-
-/// Merges as pairs: they are written `"a b"` or `["a", "b"]`.
-fn merges(model: &Model, path: &Path) -> Result<Vec<[String; 2]>, Failure> {
-    let pair = |merge: &Json| match merge {
-        Json::String(text) => {
-            let (a, b) = text.split_once(' ')?;
-            Some([a.to_string(), b.to_string()])
-        }
-        Json::Array(two) => match two.as_slice() {
-            [Json::String(a), Json::String(b)] => Some([a.clone(), b.clone()]),
-            _ => None,
-        },
-        _ => None,
-    };
-    let of = |merge| {
-        pair(merge).ok_or_else(|| {
-            Failure::input(format!("{}: {merge} is no merge of two tokens", path.display()))
-        })
-    };
-    model.merges.iter().map(of).collect()
-}
-
-/// A space inside a token would end it in a merge; llama.cpp reads this letter for it.
-fn solid(part: &str) -> String {
-    part.replace(' ', "Ġ")
 }
 
 /// The scores by which llama.cpp merges: what comes of an earlier merge counts more. It merges
 /// whatever two pieces are a token, so what no merge makes comes last of all.
-fn scores(vocab: &Vocab, merges: &[[String; 2]]) -> Vec<f32> {
+fn scores(vocab: &Vocab, merges: &[Merge]) -> Vec<f32> {
     let never = -(merges.len() as f32) - 1.0;
     let mut scores = vec![never; vocab.texts.len()];
     let mut made = 0u32;
-    for [a, b] in merges {
-        if let Some(id) = vocab.id(&format!("{a}{b}"))
+    for merge in merges {
+        if let Some(id) = vocab.id(&merge.made)
             && scores[id as usize] == never
         {
             made += 1;
@@ -433,13 +465,16 @@ fn ids(value: &Json) -> Vec<u32> {
     }
 }
 
-fn json(path: &PathBuf) -> Result<Json> {
-    let bytes = std::fs::read(path).map_err(|e| Failure::from(checkpoint::Error::io(path, e)))?;
-    Ok(serde_json::from_slice(&bytes)
+fn bytes(path: &Path) -> Result<Vec<u8>, Failure> {
+    std::fs::read(path).map_err(|e| checkpoint::Error::io(path, e).into())
+}
+
+fn json(path: &Path) -> Result<Json> {
+    Ok(serde_json::from_slice(&bytes(path)?)
         .map_err(|e| Failure::input(format!("{} does not parse: {e}", path.display())))?)
 }
 
-fn json_or_nothing(path: &PathBuf) -> Result<Json> {
+fn json_or_nothing(path: &Path) -> Result<Json> {
     if path.exists() { json(path) } else { Ok(Json::Null) }
 }
 
@@ -450,15 +485,15 @@ mod tests {
 
     #[test]
     fn merges_come_in_two_spellings() {
-        let model = |merges: Json| -> Model {
-            serde_json::from_value(json!({"vocab": {}, "merges": merges})).unwrap()
+        let read = |merges: Json| {
+            serde_json::from_value::<Model>(json!({"merges": merges})).map(|model| model.merges)
         };
-        let read = |merges| super::merges(&model(merges), Path::new("tokenizer.json"));
-        let expected = vec![["a".to_string(), "b".to_string()], ["ab".into(), "c".into()]];
+        let expected = [Merge::of("a", "b"), Merge::of("ab", "c")];
         assert_eq!(read(json!(["a b", "ab c"])).unwrap(), expected);
         assert_eq!(read(json!([["a", "b"], ["ab", "c"]])).unwrap(), expected);
-        for bad in [json!(["ab"]), json!([["a"]]), json!([1])] {
-            assert!(read(bad).unwrap_err().message.starts_with("tokenizer.json: "));
+        for bad in [json!(["ab"]), json!([["a"]]), json!([["a", "b", "c"]]), json!([1])] {
+            assert!(read(bad).is_err());
         }
+        assert_eq!(Merge::of("a b", " c").text(), "aĠb Ġc");
     }
 }

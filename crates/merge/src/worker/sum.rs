@@ -4,7 +4,7 @@
 //! computed by one thread, so the bytes do not depend on how many there are. Knows nothing of files.
 
 use checkpoint::adapter::Delta;
-use checkpoint::weights::Dtype;
+use checkpoint::weights::{Dtype, all_finite, decode};
 use half::f16;
 
 /// Rows whose product is made together, and columns: what a processor has registers for.
@@ -38,6 +38,11 @@ pub struct Rows<'a> {
 }
 
 impl Rows<'_> {
+    /// How many they are.
+    fn values(&self) -> usize {
+        self.bytes.len() * 8 / self.dtype.bitsize()
+    }
+
     /// Fails where a value is no number, or infinite.
     pub fn check(self) -> Result<Merged, Wrong> {
         // A type's exponent, all ones: neither has another.
@@ -99,6 +104,7 @@ pub struct Buffers {
 impl Buffers {
     /// The rows as `stored` in `out`.
     pub fn convert(&mut self, rows: Rows, stored: Stored, out: &mut [u8]) -> Result<Merged, Wrong> {
+        self.sum.resize(rows.values(), 0.0);
         decode(rows.bytes, rows.dtype, &mut self.sum);
         Ok(Merged { squares: Vec::new(), scales: self.round(rows, stored, out)? })
     }
@@ -159,6 +165,7 @@ impl Buffers {
         stored: Stored,
         out: &mut [u8],
     ) -> Result<Merged, Wrong> {
+        self.weight.resize(rows.values(), 0.0);
         decode(rows.bytes, rows.dtype, &mut self.weight);
         let Self { weight, change, sum, other, tile } = &mut *self;
         for (i, one) in changes.iter().enumerate() {
@@ -186,13 +193,13 @@ impl Buffers {
     #[inline(always)]
     fn round(&mut self, rows: Rows, stored: Stored, out: &mut [u8]) -> Result<Vec<u16>, Wrong> {
         let mut scales = Vec::new();
+        self.other.resize(self.sum.len(), 0.0);
         match stored {
             Stored::Float(dtype) => {
                 encode(&self.sum, dtype, out);
                 decode(out, dtype, &mut self.other);
             }
             Stored::Int8 => {
-                self.other.resize(self.sum.len(), 0.0);
                 let sums = self.sum.chunks_exact(rows.columns);
                 let back = self.other.chunks_exact_mut(rows.columns);
                 let out = out.chunks_exact_mut(stored.row_bytes(rows.columns));
@@ -232,13 +239,6 @@ fn int8(values: &[f32], out: &mut [u8], back: &mut [f32]) -> u16 {
         *back = f32::from_bits(u32::from(bf16(level * step)) << 16);
     }
     scale
-}
-
-/// Without a branch in the loop, so that it is done many at a time.
-#[inline(always)]
-fn all_finite(values: &[f32]) -> bool {
-    const EXPONENT: u32 = 0x7F80_0000;
-    values.iter().fold(true, |finite, x| finite & (x.to_bits() & EXPONENT != EXPONENT))
 }
 
 /// Eight sums side by side, then one: in an order that no number of threads changes.
@@ -324,20 +324,6 @@ fn tile_product(b: &[f32], a: &[f32], rank: usize, sums: &mut [[f32; TILE[1]]; T
         }
     }
     *sums = [s0, s1, s2, s3];
-}
-
-/// The exact values of `bytes`.
-#[inline(always)]
-pub fn decode(bytes: &[u8], dtype: Dtype, out: &mut Vec<f32>) {
-    out.clear();
-    let two = bytes.as_chunks::<2>().0;
-    match dtype {
-        Dtype::BF16 => {
-            out.extend(two.iter().map(|b| f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16)))
-        }
-        Dtype::F16 => out.extend(two.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
-        _ => out.extend(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b))),
-    }
 }
 
 /// Rounds to nearest, ties to even.

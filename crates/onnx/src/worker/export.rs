@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use checkpoint::chat::Tokenizer;
+use checkpoint::chat;
 use checkpoint::config::Config;
 use graph::Sizes;
 use onnx::export::{Dtype, Export, Quality};
@@ -126,7 +126,7 @@ fn write_config(
 /// Every token that ends an answer: the base's, and the end of a turn by the chat template.
 fn ends(model: &Path) -> Result<Vec<u32>> {
     match model.join("tokenizer.json").exists() {
-        true => Ok(Tokenizer::from_dir(model).map_err(Failure::from)?.end_ids()),
+        true => Ok(chat::end_ids(model).map_err(Failure::from)?),
         false => Ok(Vec::new()),
     }
 }

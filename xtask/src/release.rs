@@ -1,0 +1,150 @@
+//! `release`: what stands beside a release. How each artifact came about, what is in it, and how large
+//! and how good it is beside the last one.
+//!
+//! Knows nothing of where a release goes.
+
+mod bill;
+mod figures;
+mod provenance;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+
+use anyhow::Context;
+use engine::{Engine, Graph, Origin, Status, TargetId};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use step::{Action, ActionResult, BlobDigest, Entry, Failure, Kind, Tree, TreeDigest};
+
+pub use figures::Figures;
+
+/// An artifact with all that is known of how it was made.
+pub struct Made {
+    pub id: TargetId,
+    pub kind: Kind,
+    /// Whether it was asked for, and not only what that was made from.
+    pub wanted: bool,
+    pub action: Action,
+    pub result: ActionResult,
+    /// `LlamaForCausalLM`, where its config.json says so.
+    pub architecture: Option<String>,
+    pub files: Vec<Hashed>,
+    pub inputs: Vec<MadeFrom>,
+}
+
+/// A file of an artifact, by the digest that is ours and the one that others ask for.
+pub struct Hashed {
+    pub entry: Entry,
+    /// Hexadecimal.
+    pub sha256: String,
+}
+
+/// An input of an action.
+pub struct MadeFrom {
+    /// Its name in the action: `base`, `models.merged`.
+    pub field: String,
+    pub origin: Origin,
+    pub digest: TreeDigest,
+}
+
+impl Made {
+    fn size(&self) -> u64 {
+        self.files.iter().map(|file| file.entry.size).sum()
+    }
+}
+
+/// The artifacts of `graph`, inputs before what uses them. All of them must be up to date.
+pub fn collect(engine: &Engine, graph: &Graph) -> anyhow::Result<Vec<Made>> {
+    let plan = engine.plan(graph)?;
+    let mut hashes = BTreeMap::new();
+    let mut all = Vec::new();
+    for (node, planned) in graph.nodes.iter().zip(&plan.targets) {
+        let Status::Cached(result) = &planned.status else {
+            return Err(Failure::input(format!("{} is not up to date", node.id))
+                .hint(format!("run `cargo xtask build {}` first", node.id))
+                .into());
+        };
+        let action = engine.action(result.key).ok_or_else(|| {
+            Failure::environment(format!("{}: its action is not in the store any more", node.id))
+                .hint("`cargo xtask verify` tells what else is lost")
+        })?;
+        let inputs = node.inputs.iter().filter_map(|input| {
+            let digest = *action.inputs.get(&input.field)?;
+            Some(MadeFrom { field: input.field.clone(), origin: input.from.clone(), digest })
+        });
+        let tree = engine.store().tree(result.output)?;
+        all.push(Made {
+            id: node.id.clone(),
+            kind: node.kind,
+            wanted: graph.wanted.contains(&node.id),
+            architecture: architecture(engine, &tree),
+            inputs: inputs.collect(),
+            files: hashed(engine, &tree, &mut hashes)?,
+            result: (**result).clone(),
+            action,
+        });
+    }
+    Ok(all)
+}
+
+/// Writes `provenance.intoto.jsonl`, `bom.cdx.json`, `release.json` and `release.md` into `dir`.
+/// Returns the figures that stand in the last two.
+pub fn write(made: &[Made], before: Option<&Figures>, dir: &Path) -> anyhow::Result<Figures> {
+    fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    let figures = Figures::of(made);
+    let put = |name: &str, text: String| {
+        let path = dir.join(name);
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+    };
+    put("provenance.intoto.jsonl", provenance::statements(made))?;
+    put("bom.cdx.json", format!("{:#}\n", bill::of(made)))?;
+    put(Figures::FILE, figures.to_json())?;
+    put("release.md", figures.to_markdown(before))?;
+    Ok(figures)
+}
+
+fn architecture(engine: &Engine, tree: &Tree) -> Option<String> {
+    let config = tree.entries().iter().find(|entry| entry.path == "config.json")?;
+    let config: Value = serde_json::from_slice(&engine.store().blob(config.digest).ok()?).ok()?;
+    Some(config["architectures"].get(0)?.as_str()?.to_string())
+}
+
+fn hashed(
+    engine: &Engine,
+    tree: &Tree,
+    known: &mut BTreeMap<BlobDigest, String>,
+) -> anyhow::Result<Vec<Hashed>> {
+    let mut files = Vec::new();
+    for entry in tree.entries() {
+        let sha256 = match known.get(&entry.digest) {
+            Some(sha256) => sha256.clone(),
+            None => sha256(&engine.store().blob_path(entry.digest))?,
+        };
+        known.insert(entry.digest, sha256.clone());
+        files.push(Hashed { entry: entry.clone(), sha256 });
+    }
+    Ok(files)
+}
+
+fn sha256(path: &Path) -> anyhow::Result<String> {
+    let mut hasher = Sha256::new();
+    let hash = |file: File| -> std::io::Result<()> {
+        let mut reader = BufReader::with_capacity(1 << 18, file);
+        loop {
+            let bytes = reader.fill_buf()?;
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            hasher.update(bytes);
+            let read = bytes.len();
+            reader.consume(read);
+        }
+    };
+    File::open(path).and_then(hash).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Where Anneal's own terms are explained to those who read them in a statement.
+const HOME: &str = env!("CARGO_PKG_REPOSITORY");
