@@ -237,7 +237,8 @@ impl Builder {
         self.close_chunk()?;
         let path = self.path.with_file_name(data_name(&self.path, self.chunks));
         let file = File::create(&path).map_err(|e| Error::write(&path, e))?;
-        self.data = Some(BufWriter::with_capacity(1 << 20, file));
+        // Whatever is larger goes by.
+        self.data = Some(BufWriter::with_capacity(1 << 16, file));
         self.offset = 0;
         self.chunks += 1;
         Ok(())

@@ -83,12 +83,31 @@ impl Scheme {
     /// row does not fill is filled with zero bytes.
     pub fn row(&self, values: &[f32], levels: &mut [u8], scales: &mut [f32], zeros: &mut [u8]) {
         #[cfg(target_arch = "x86_64")]
-        if std::is_x86_feature_detected!("avx2") {
-            // SAFETY: the feature was just found.
-            return unsafe { row_avx2(self, values, levels, scales, zeros) };
+        {
+            use std::is_x86_feature_detected as has;
+            if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
+                // SAFETY: the features were just found.
+                return unsafe { row_avx512(self, values, levels, scales, zeros) };
+            }
+            if has!("avx2") {
+                // SAFETY: the feature was just found.
+                return unsafe { row_avx2(self, values, levels, scales, zeros) };
+            }
         }
         row_any(self, values, levels, scales, zeros);
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl")]
+fn row_avx512(
+    scheme: &Scheme,
+    values: &[f32],
+    levels: &mut [u8],
+    scales: &mut [f32],
+    zeros: &mut [u8],
+) {
+    row_any(scheme, values, levels, scales, zeros);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -207,20 +226,19 @@ fn squared_error(values: &[f32], scale: f32, zero: f32) -> f32 {
     sums.iter().sum()
 }
 
-/// Least and most, of eight values side by side.
+/// Least and most, of one value or more.
 #[inline(always)]
 fn extremes(values: &[f32]) -> (f32, f32) {
-    let (mut least, mut most) = ([f32::MAX; 8], [f32::MIN; 8]);
-    let (eights, rest) = values.as_chunks::<8>();
-    for eight in eights {
-        for (lane, value) in eight.iter().enumerate() {
-            least[lane] = if *value < least[lane] { *value } else { least[lane] };
-            most[lane] = if *value > most[lane] { *value } else { most[lane] };
-        }
+    // Integers in the order of the numbers: of those vectors find the ends at once.
+    let flipped = |bits: i32| bits ^ (bits >> 31 & i32::MAX);
+    let (mut least, mut most) = (i32::MAX, i32::MIN);
+    for value in values {
+        let key = flipped(value.to_bits() as i32);
+        (least, most) = (least.min(key), most.max(key));
     }
-    let least = least.iter().chain(rest).fold(f32::MAX, |a, b| if *b < a { *b } else { a });
-    let most = most.iter().chain(rest).fold(f32::MIN, |a, b| if *b > a { *b } else { a });
-    (least, most)
+    let [least, most] = [least, most].map(|key| f32::from_bits(flipped(key) as u32));
+    // Of zeros with both signs, the first.
+    if least == most { (values[0], values[0]) } else { (least, most) }
 }
 
 /// A block's levels into its bytes.
@@ -271,8 +289,11 @@ fn levels<const BITS: u32>(values: &[f32; 32], reciprocal: f32, zero: f32) -> [u
 fn level<const BITS: u32>(value: f32, reciprocal: f32, zero: f32) -> u8 {
     const BELOW_HALF: f32 = 0.499_999_97;
     let top = ((1u32 << BITS) - 1) as f32;
-    let level = (value * reciprocal + zero).max(0.0).min(top) + BELOW_HALF;
-    // SAFETY: from 0 to 255.5; of NaN, `max` gave 0. `as` would look at each value by itself.
+    let level = value * reciprocal + zero;
+    // One instruction each, which `max` and `min` are not: of NaN the first gives 0, too.
+    let level = if level > 0.0 { level } else { 0.0 };
+    let level = if level < top { level } else { top } + BELOW_HALF;
+    // SAFETY: from 0 to 255.5. `as` would look at each value by itself.
     unsafe { level.to_int_unchecked::<i32>() as u8 }
 }
 
@@ -299,6 +320,34 @@ mod tests {
         assert_eq!(scales, [-0.5]);
         assert_eq!(levels, [0xf0, 0x68, 0x98, 0x88]);
         assert_eq!(zeros, [0x88]);
+    }
+
+    /// Of zeros with both signs, too: the scale has a sign.
+    #[test]
+    fn bytes_are_the_same_in_every_width() {
+        let zero = |i: usize| if i.is_multiple_of(3) { 0.0 } else { -0.0 };
+        let noise = |i: usize| if i < 140 { zero(i) } else { (i as f32 * 0.7).sin() };
+        let row: Vec<f32> = (0..300).map(noise).collect();
+        for (bits, block) in [(4, 32), (4, 128), (8, 32), (8, 128)] {
+            for (symmetric, search) in [(true, false), (false, false), (true, true), (false, true)]
+            {
+                let scheme = Scheme {
+                    bits,
+                    block,
+                    symmetric,
+                    half_scales: true,
+                    search: search && bits == 4,
+                };
+                let (levels, scales, zeros) = quantised(scheme, &row);
+                let mut other = (vec![0; levels.len()], vec![0.0; scales.len()], zeros.clone());
+                row_any(&scheme, &row, &mut other.0, &mut other.1, &mut other.2);
+                assert_eq!((&levels, &zeros), (&other.0, &other.2), "{scheme:?}");
+                let bits = |scales: &[f32]| scales.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&scales), bits(&other.1), "{scheme:?}");
+            }
+        }
+        let scales = quantised(PLAIN, &[0.0, -0.0, 0.0, -0.0, 0.0, 0.0, 0.0, 0.0]).1;
+        assert_eq!(scales[0].to_bits(), (-0.0f32).to_bits());
     }
 
     #[test]

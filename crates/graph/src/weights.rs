@@ -15,8 +15,8 @@ use crate::{Dtype, Error, Options};
 
 /// `MatMulNBits` computes in f32: the one level that gives the same tokens on every device.
 const ACCURACY_LEVEL: i64 = 1;
-/// Bytes that are made before they are written.
-const BATCH: usize = 4 << 20;
+/// Bytes that are made before they are written: few enough to be in the cache still.
+const BATCH: usize = 1 << 20;
 /// Columns that are transposed at a time: as many BF16 values as a cache line holds.
 const COLUMNS: usize = 32;
 
@@ -42,6 +42,11 @@ impl<'a> Matrix<'a> {
             matrix.parts.push((tensor, rows));
         }
         Ok(matrix)
+    }
+
+    /// What was read can be read again, but need not be in memory.
+    fn let_go(&self, weights: &Weights) {
+        self.parts.iter().for_each(|(tensor, _)| weights.let_go_of(tensor.data));
     }
 
     /// The first tensor's.
@@ -161,9 +166,6 @@ impl<'a> Writer<'a> {
         let matrix = Matrix::new(self.weights, parts)?;
         let product = if biases.is_empty() { name.to_string() } else { format!("{name}.product") };
         self.product(&product, x, &format!("{name}.weight"), &matrix, self.schemes.linear)?;
-        for (part, _) in parts {
-            self.weights.let_go(part);
-        }
         if biases.is_empty() {
             return Ok(product);
         }
@@ -207,7 +209,6 @@ impl<'a> Writer<'a> {
         let (v, h) = (matrix.n, matrix.k);
         let Some(scheme) = self.schemes.head else {
             self.rows("embed_tokens", &matrix)?;
-            self.weights.let_go(tensor);
             self.b.node("Gather", name, &["embed_tokens", "input_ids"], &[]);
             return Ok(Embedding::Float);
         };
@@ -215,7 +216,6 @@ impl<'a> Writer<'a> {
         let dims = [v, h * scheme.bits as usize / 8];
         let mut q =
             self.quantised("embed_tokens", &dims, names, &matrix, scheme, Part::Embedding)?;
-        self.weights.let_go(tensor);
         if tied {
             // One copy of the bytes, under the shape that each operator asks for.
             let dims = [v, scheme.blocks(h), scheme.width()];
@@ -256,9 +256,7 @@ impl<'a> Writer<'a> {
     /// x · Wᵀ with a head of its own.
     pub fn own_head(&mut self, name: &str, x: &str, tensor: &str) -> Result<(), Error> {
         let matrix = Matrix::new(self.weights, &[(tensor.to_string(), None)])?;
-        self.product(name, x, "logits.weight", &matrix, self.schemes.head)?;
-        self.weights.let_go(tensor);
-        Ok(())
+        self.product(name, x, "logits.weight", &matrix, self.schemes.head)
     }
 
     fn matmul_n_bits(&mut self, name: &str, x: &str, q: &Quantised, [n, k]: [usize; 2]) {
@@ -292,27 +290,33 @@ impl<'a> Writer<'a> {
         let place = self.b.begin(name, UINT8, dims, (n * width) as u64)?;
         let (mut scales, mut zeros) = (vec![0f32; n * blocks], vec![0u8; n * zeros_width]);
         let batch = (BATCH / width).clamp(1, n);
-        let mut levels = vec![0; batch * width];
+        // While a batch is quantised, the one before it is written.
+        let (mut levels, mut ready) = (Vec::new(), Vec::new());
         let batches = scales.chunks_mut(batch * blocks).zip(zeros.chunks_mut(batch * zeros_width));
         for (i, (scales, zeros)) in batches.enumerate() {
-            let rows = scales.len() / blocks;
-            let levels = &mut levels[..rows * width];
-            levels
-                .par_chunks_mut(width)
-                .zip(scales.par_chunks_mut(blocks))
-                .zip(zeros.par_chunks_mut(zeros_width))
-                .enumerate()
-                .with_min_len(16)
-                .try_for_each_init(
-                    || vec![0f32; k],
-                    |values, (row, ((levels, scales), zeros))| {
-                        matrix.read(i * batch + row, 0, values)?;
-                        scheme.row(values, levels, scales, zeros);
-                        Ok::<_, Error>(())
-                    },
-                )?;
-            self.b.append(levels)?;
+            levels.resize(scales.len() / blocks * width, 0);
+            let quantise = || {
+                levels
+                    .par_chunks_mut(width)
+                    .zip(scales.par_chunks_mut(blocks))
+                    .zip(zeros.par_chunks_mut(zeros_width))
+                    .enumerate()
+                    .with_min_len(16)
+                    .try_for_each_init(
+                        || vec![0f32; k],
+                        |values, (row, ((levels, scales), zeros))| {
+                            matrix.read(i * batch + row, 0, values)?;
+                            scheme.row(values, levels, scales, zeros);
+                            Ok::<_, Error>(())
+                        },
+                    )
+            };
+            let (quantised, written) = rayon::join(quantise, || self.b.append(&ready));
+            quantised.and(written)?;
+            matrix.let_go(self.weights);
+            std::mem::swap(&mut levels, &mut ready);
         }
+        self.b.append(&ready)?;
         let mut bytes = vec![0; scales.len() * self.float_size()];
         self.encode(&scales, &mut bytes, matrix.name())?;
         self.b.tensor(&scales_name, self.float(), &[n, blocks], &bytes)?;
@@ -341,6 +345,7 @@ impl<'a> Writer<'a> {
                 },
             )?;
             self.b.append(bytes)?;
+            matrix.let_go(self.weights);
         }
         self.count(Part::Embedding, n * k * size);
         Ok(())
@@ -370,6 +375,7 @@ impl<'a> Writer<'a> {
             })?;
             self.b.append(bytes)?;
         }
+        matrix.let_go(self.weights);
         self.count(Part::Linear, n * k * size);
         Ok(())
     }

@@ -170,7 +170,8 @@ fn begin(path: &Path, specs: &[Spec]) -> Result<BufWriter<File>, Error> {
     // Data begins at a multiple of eight.
     text.resize(text.len().next_multiple_of(8), b' ');
     let file = File::create(path).map_err(|e| Error::io(path, e))?;
-    let mut file = BufWriter::with_capacity(1 << 20, file);
+    // Whatever is larger goes by.
+    let mut file = BufWriter::with_capacity(1 << 16, file);
     file.write_all(&(text.len() as u64).to_le_bytes())
         .and_then(|()| file.write_all(&text))
         .map_err(|e| Error::io(path, e))?;

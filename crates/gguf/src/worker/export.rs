@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Mutex;
 
 use anyhow::{Context, Result};
 use checkpoint::config::Config;
@@ -26,9 +27,12 @@ use crate::report;
 use crate::tensors::{self, Tensor};
 use crate::tokenizer;
 
-/// Values that are encoded before they are written, and those of them that one thread takes at a time.
-const PIECE: usize = 1 << 22;
+/// Values that are encoded before they are written, few enough to be in the cache still, and those of
+/// them that one thread takes at a time.
+const PIECE: usize = 1 << 19;
 const SHARE: usize = 1 << 14;
+/// The values at hand, of each thread.
+type Values = [Mutex<Vec<f32>>];
 
 pub fn run(job: &Job) -> Result<()> {
     let params: Export = job.params()?;
@@ -54,11 +58,14 @@ pub fn run(job: &Job) -> Result<()> {
     let threads = rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build()?;
     // While a piece is encoded, the one before it is written.
     let (mut encoded, mut ready) = (Vec::new(), Vec::new());
+    let values: Vec<Mutex<Vec<f32>>> = (0..job.threads()).map(|_| Mutex::default()).collect();
     for (done, tensor) in tensors.iter().enumerate() {
         let source = weights.get(&tensor.source).map_err(Failure::from)?;
         for rows in pieces(tensor) {
-            let (encode, write) = threads
-                .join(|| encode(tensor, &source, rows, &mut encoded), || writer.write(&ready));
+            let (encode, write) = threads.join(
+                || encode(tensor, &source, rows, &values, &mut encoded),
+                || writer.write(&ready),
+            );
             write?;
             encode?;
             weights.let_go(&tensor.source);
@@ -111,15 +118,17 @@ fn encode(
     tensor: &Tensor,
     source: &TensorRef,
     rows: Range<usize>,
+    values: &Values,
     out: &mut Vec<u8>,
 ) -> Result<()> {
     let (_, columns) = tensor.rows_and_columns();
     let row_bytes = tensor.info.kind.row_bytes(columns);
     let share = (SHARE / columns).max(1);
-    out.clear();
     out.resize(rows.len() * row_bytes, 0);
     let shares = out.par_chunks_mut(share * row_bytes).enumerate();
-    let wrong = shares.map_init(Vec::new, |values, (at, out)| {
+    let wrong = shares.map(|(at, out)| {
+        let thread = rayon::current_thread_index().unwrap_or_default();
+        let mut values = values[thread].lock().expect("no thread panicked");
         let from = rows.start + at * share;
         values.resize(out.len() / row_bytes * columns, 0.0);
         for (at, row) in values.chunks_exact_mut(columns).enumerate() {
@@ -130,7 +139,7 @@ fn encode(
         if tensor.plus != 0.0 {
             values.iter_mut().for_each(|x| *x += tensor.plus);
         }
-        encode::rows(values, tensor.info.kind, out).err().map(|wrong| (from, wrong))
+        encode::rows(&values, tensor.info.kind, out).err().map(|wrong| (from, wrong))
     });
     match wrong.flatten().min_by_key(|(from, _)| *from) {
         Some((from, wrong)) => Err(failure(tensor, from, wrong).into()),

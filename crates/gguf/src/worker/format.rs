@@ -148,7 +148,8 @@ impl Writer {
         let header = header(keys, &infos);
         let file =
             File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
-        let mut file = BufWriter::with_capacity(1 << 20, file);
+        // Whatever is larger goes by.
+        let mut file = BufWriter::with_capacity(1 << 16, file);
         file.write_all(&header).context("cannot write the header")?;
         Ok(Self { file, infos, next: 0, part: 0, written: header.len() })
     }

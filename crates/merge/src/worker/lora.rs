@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::sync::Mutex;
 
 use checkpoint::adapter::Adapter;
 use checkpoint::config::Config;
@@ -17,8 +18,8 @@ use step::worker::{Job, Progress};
 use crate::kept::Kept;
 use crate::sum::{Buffers, Change, Merged, Rows, Squares, Stored, Wrong};
 
-/// Bytes of the base that are merged before they are written.
-const PIECE: usize = 8 << 20;
+/// Bytes of the base that are merged before they are written: what comes out is still in the cache.
+const PIECE: usize = 1 << 20;
 /// Rows that a thread takes at a time.
 const BLOCK: usize = 32;
 
@@ -41,9 +42,14 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
     let specs = specs(&config, params.dtype);
     let writer = Writer::model(job.out(), specs, Writer::SHARD).map_err(Failure::from)?;
     let order = writer.order();
-    let behind = Behind { writer, name: String::new(), bytes: Vec::new() };
-    let mut merging =
-        Merging { base: &base, behind, kept: Kept::default(), scales: BTreeMap::new() };
+    let mut merging = Merging {
+        base: &base,
+        behind: Behind::new(writer, &base),
+        buffers: (0..job.threads()).map(|_| Mutex::default()).collect(),
+        merged: Vec::new(),
+        kept: Kept::default(),
+        scales: BTreeMap::new(),
+    };
     let threads = rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build()?;
     for (done, spec) in order.iter().enumerate() {
         threads.install(|| merging.tensor(spec, &changes))?;
@@ -138,13 +144,17 @@ fn specs(config: &Config, dtype: lora::Dtype) -> Vec<Spec> {
 /// A model on its way, and what became of each change.
 struct Merging<'a> {
     base: &'a Weights,
-    behind: Behind,
+    behind: Behind<'a>,
+    /// One for each thread.
+    buffers: Vec<Mutex<Buffers>>,
+    /// The piece at hand.
+    merged: Vec<u8>,
     kept: Kept,
     /// Of matrices in 8 bits, by name: larger types come first, so their scales come after them.
     scales: BTreeMap<String, Vec<u8>>,
 }
 
-impl Merging<'_> {
+impl<'a> Merging<'a> {
     fn tensor(
         &mut self,
         spec: &Spec,
@@ -163,17 +173,20 @@ impl Merging<'_> {
             None => (spec.name.as_str(), Stored::Float(spec.dtype)),
         };
         let changes = changes.get(name).map_or(&[][..], Vec::as_slice);
-        let tensor = self.base.get(name)?;
+        let base: &'a Weights = self.base;
+        let tensor = base.get(name)?;
         let columns = tensor.shape.last().copied().unwrap_or(1);
         let row = columns * tensor.dtype.bitsize() / 8;
         let merged_row = stored.row_bytes(columns);
         let rows_a_piece = (PIECE / row).next_multiple_of(BLOCK).max(BLOCK);
         let as_it_is = changes.is_empty() && stored == Stored::Float(tensor.dtype);
-        let mut merged = Vec::new();
         let mut sums = Squares::default();
         let mut scales = Vec::new();
         for (at, piece) in tensor.data.chunks(rows_a_piece * row).enumerate() {
-            merged.resize(if as_it_is { 0 } else { piece.len() / row * merged_row }, 0);
+            let Self { behind, buffers, merged, .. } = self;
+            if !as_it_is {
+                merged.resize(piece.len() / row * merged_row, 0);
+            }
             let blocks = || -> Vec<Result<Merged, Wrong>> {
                 let rows = |block: usize, bytes| {
                     let first = at * rows_a_piece + block * BLOCK;
@@ -184,17 +197,17 @@ impl Merging<'_> {
                     return base.map(|(block, bytes)| rows(block, bytes).check()).collect();
                 }
                 let blocks = base.zip(merged.par_chunks_mut(BLOCK * merged_row));
-                let blocks =
-                    blocks.map_init(
-                        Buffers::default,
-                        |buffers, ((block, bytes), out)| match changes {
-                            [] => buffers.convert(rows(block, bytes), stored, out),
-                            _ => buffers.merge(rows(block, bytes), changes, stored, out),
-                        },
-                    );
+                let blocks = blocks.map(|((block, bytes), out)| {
+                    let thread = rayon::current_thread_index().unwrap_or_default();
+                    let mut buffers = buffers[thread].lock().expect("no thread panicked");
+                    match changes {
+                        [] => buffers.convert(rows(block, bytes), stored, out),
+                        _ => buffers.merge(rows(block, bytes), changes, stored, out),
+                    }
+                });
                 blocks.collect()
             };
-            let (blocks, written) = rayon::join(blocks, || self.behind.flush());
+            let (blocks, written) = rayon::join(blocks, || behind.flush());
             written?;
             // Row by row, in order: the same sums however many threads there were, the same error.
             for block in blocks {
@@ -205,10 +218,9 @@ impl Merging<'_> {
                 scales.extend(block.scales.iter().flat_map(|scale| scale.to_le_bytes()));
             }
             match as_it_is {
-                true => self.behind.write(&spec.name, piece)?,
-                false => self.behind.put(&spec.name, &mut merged),
+                true => behind.put_as_it_is(&spec.name, piece),
+                false => behind.put(&spec.name, merged, piece),
             }
-            self.base.let_go_of(piece);
         }
         if stored == Stored::Int8 {
             self.scales.insert(format!("{name}{SCALE}"), scales);
@@ -221,17 +233,40 @@ impl Merging<'_> {
 }
 
 /// A writer, and what it is to write while the next piece is merged.
-struct Behind {
+struct Behind<'a> {
     writer: Writer,
+    base: &'a Weights,
     name: String,
-    bytes: Vec<u8>,
+    waits: Waits,
+    /// What was merged.
+    merged: Vec<u8>,
+    /// What it was merged of, or is written itself.
+    of: &'a [u8],
 }
 
-impl Behind {
-    /// Takes the bytes, and leaves an older buffer for the next.
-    fn put(&mut self, name: &str, bytes: &mut Vec<u8>) {
+enum Waits {
+    Nothing,
+    Merged,
+    AsItIs,
+}
+
+impl<'a> Behind<'a> {
+    fn new(writer: Writer, base: &'a Weights) -> Self {
+        let (name, merged) = (String::new(), Vec::new());
+        Self { writer, base, name, waits: Waits::Nothing, merged, of: &[] }
+    }
+
+    /// Takes what was merged of a piece of the base, and leaves an older buffer for the next.
+    fn put(&mut self, name: &str, merged: &mut Vec<u8>, of: &'a [u8]) {
+        self.put_as_it_is(name, of);
+        self.waits = Waits::Merged;
+        std::mem::swap(&mut self.merged, merged);
+    }
+
+    /// Takes a piece of the base.
+    fn put_as_it_is(&mut self, name: &str, of: &'a [u8]) {
         self.name = name.into();
-        std::mem::swap(&mut self.bytes, bytes);
+        (self.waits, self.of) = (Waits::AsItIs, of);
     }
 
     /// Writes at once, after what waits.
@@ -241,10 +276,12 @@ impl Behind {
     }
 
     fn flush(&mut self) -> Result<(), checkpoint::Error> {
-        if !self.bytes.is_empty() {
-            self.writer.write(&self.name, &self.bytes)?;
-            self.bytes.clear();
+        match std::mem::replace(&mut self.waits, Waits::Nothing) {
+            Waits::Nothing => return Ok(()),
+            Waits::Merged => self.writer.write(&self.name, &self.merged)?,
+            Waits::AsItIs => self.writer.write(&self.name, self.of)?,
         }
+        self.base.let_go_of(self.of);
         Ok(())
     }
 }

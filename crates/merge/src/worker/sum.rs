@@ -232,6 +232,8 @@ fn int8(values: &[f32], out: &mut [u8], back: &mut [f32]) -> u16 {
         scale => scale,
     };
     let step = f32::from_bits(u32::from(scale) << 16);
+    let (out, padding) = out.split_at_mut(values.len());
+    padding.fill(0);
     for ((x, out), back) in values.iter().zip(out).zip(back) {
         let level = (x / step).round_ties_even().clamp(-128.0, 127.0);
         *out = (level + 128.0) as u8;
@@ -432,7 +434,7 @@ mod tests {
         let mut values = vec![0.5, 1.5, -0.5, -127.5, 127.4];
         let (mut out, mut back) = (vec![9; 8], vec![0.0; 5]);
         assert_eq!(int8(&values, &mut out, &mut back), 0x3F80);
-        assert_eq!(out, [128, 130, 128, 0, 255, 9, 9, 9]);
+        assert_eq!(out, [128, 130, 128, 0, 255, 0, 0, 0]);
         assert_eq!(back, [0.0, 2.0, 0.0, -128.0, 127.0]);
         values.fill(0.0);
         int8(&values, &mut out, &mut back);

@@ -115,22 +115,21 @@ fn search<const BITS: u32, const N: usize>(x: &[[f32; N]; 32]) -> Found<N> {
         }
     }
     let means = squares.map(|sum| (sum / 32.0).sqrt());
-    for (weights, x) in weights.iter_mut().zip(x) {
-        for n in 0..N {
-            weights[n] = means[n] + x[n].abs();
-        }
-    }
-    let (mut min, mut max, mut sum) = (x[0], x[0], weights[0]);
-    let mut sum_x = [0.0; N];
+    let (mut min, mut max) = (x[0], x[0]);
+    let (mut sum, mut sum_x) = ([0.0; N], [0.0; N]);
     for n in 0..N {
+        sum[n] = means[n] + x[0][n].abs();
         sum_x[n] = sum[n] * x[0][n];
     }
-    for (x, w) in x.iter().zip(&weights).skip(1) {
+    weights[0] = sum;
+    for (x, weights) in x.iter().zip(&mut weights).skip(1) {
         for n in 0..N {
+            let w = means[n] + x[n].abs();
             min[n] = if x[n] < min[n] { x[n] } else { min[n] };
             max[n] = if x[n] > max[n] { x[n] } else { max[n] };
-            sum[n] += w[n];
-            sum_x[n] += w[n] * x[n];
+            sum[n] += w;
+            sum_x[n] += w * x[n];
+            weights[n] = w;
         }
     }
     let mut constant = [false; N];
@@ -186,14 +185,17 @@ fn search<const BITS: u32, const N: usize>(x: &[[f32; N]; 32]) -> Found<N> {
                 errors[n] += w[n] * (off * off);
             }
         }
+        let mut wins = [0; N];
         for n in 0..N {
-            let wins = solved[n] & (errors[n] < error[n]);
-            error[n] = if wins { errors[n] } else { error[n] };
-            scale[n] = if wins { by[n] } else { scale[n] };
-            inverse[n] = if wins { tried[n] } else { inverse[n] };
-            base[n] = if wins { min[n] } else { base[n] };
+            wins[n] = mask(solved[n] & (errors[n] < error[n]));
+        }
+        for n in 0..N {
+            error[n] = chosen(wins[n], errors[n], error[n]);
+            scale[n] = chosen(wins[n], by[n], scale[n]);
+            inverse[n] = chosen(wins[n], tried[n], inverse[n]);
+            base[n] = chosen(wins[n], min[n], base[n]);
             // The next trial goes on from here, as in ggml.
-            min[n] = if wins { from[n] } else { min[n] };
+            min[n] = chosen(wins[n], from[n], min[n]);
         }
     }
     let mut least = [0.0; N];
@@ -274,16 +276,12 @@ fn pack_affine<const BITS: u32, const N: usize>(
 fn symmetric<const N: usize>(values: &[[f32; BLOCK]], out: &mut [[u8; 210]]) {
     let x: [[f32; N]; 16] = side_by_side(values);
     let (mut outermost, mut largest) = ([0.0f32; N], [0.0f32; N]);
-    for x in &x {
-        for n in 0..N {
-            let further = x[n].abs() > largest[n];
-            largest[n] = if further { x[n].abs() } else { largest[n] };
-            outermost[n] = if further { x[n] } else { outermost[n] };
-        }
-    }
     let (mut weights, mut cubes) = ([[0.0; N]; 16], [[0.0; N]; 16]);
-    for ((weights, cubes), x) in weights.iter_mut().zip(&mut cubes).zip(&x) {
+    for ((x, weights), cubes) in x.iter().zip(&mut weights).zip(&mut cubes) {
         for n in 0..N {
+            let further = mask(x[n].abs() > largest[n]);
+            largest[n] = chosen(further, x[n].abs(), largest[n]);
+            outermost[n] = chosen(further, x[n], outermost[n]);
             weights[n] = x[n] * x[n];
             cubes[n] = weights[n] * x[n];
         }
@@ -306,9 +304,10 @@ fn symmetric<const N: usize>(values: &[[f32; BLOCK]], out: &mut [[u8; 210]]) {
             let by = sum_xl[n] / sum_ll[n];
             let better = sum_xl[n] * sum_xl[n] > best[n] * sum_ll[n];
             let solved = if trial == 0 { sum_ll[n] != 0.0 } else { (sum_ll[n] > 0.0) & better };
-            scale[n] = if solved { by } else { scale[n] };
-            best[n] = if solved { by * sum_xl[n] } else { best[n] };
-            inverse[n] = if solved | (trial == 0) { tried[n] } else { inverse[n] };
+            let (solved, first) = (mask(solved), mask(trial == 0));
+            scale[n] = chosen(solved, by, scale[n]);
+            best[n] = chosen(solved, by * sum_xl[n], best[n]);
+            inverse[n] = chosen(solved | first, tried[n], inverse[n]);
         }
     }
     let mut empty = [false; N];
@@ -372,6 +371,19 @@ fn pack_symmetric(
             out[128 + 32 * half + i] = a >> 4 | b >> 4 << 2 | c >> 4 << 4 | d >> 4 << 6;
         }
     }
+}
+
+/// All bits or none.
+#[inline(always)]
+fn mask(yes: bool) -> u32 {
+    u32::from(yes).wrapping_neg()
+}
+
+/// `a` where the mask says so, else `b`: bit by bit, as of an `if` the compiler makes a jump, and
+/// no vector has one.
+#[inline(always)]
+fn chosen(mask: u32, a: f32, b: f32) -> f32 {
+    f32::from_bits(a.to_bits() & mask | b.to_bits() & !mask)
 }
 
 /// The nearest whole number.
