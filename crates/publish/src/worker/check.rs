@@ -32,6 +32,10 @@ pub fn look(job: &Job, check: &Check) -> anyhow::Result<Value> {
     let base = check.url.trim_end_matches(INDEX).trim_end_matches('/').to_string() + "/";
     let agent = agent();
     let mut wrong = Wrong::default();
+    let host = base.strip_prefix("http://").map(|rest| rest.split([':', '/']).next());
+    if host.is_some_and(|host| host != Some("127.0.0.1") && host != Some("localhost")) {
+        wrong.add("", "it is not https: browsers isolate no page without".into());
+    }
     let page = wait_for(&agent, &base, check.release.as_deref())?;
     let release = manifest::name(&page.bytes);
     wrong.headers("", INDEX, &page);

@@ -43,112 +43,97 @@ impl Upload {
     }
 }
 
-pub struct Files {
-    /// In the order in which they are needed: whoever has the manifest has all that it names.
-    pub uploads: Vec<Upload>,
-    pub encoder: Encoder,
+/// What a release consists of: first what it names, then its own files, the manifest last.
+pub fn uploads(site: &Path, release: &Manifest, provenance: &Value) -> Vec<Upload> {
+    let below = |file: &str| manifest::path(&release.release, file);
+    let mut uploads: Vec<Upload> = release
+        .hashed()
+        .map(|file| Upload {
+            name: file.path.clone(),
+            file: file.clone(),
+            from: From::File(site.join(&file.path)),
+        })
+        .collect();
+    // What a rollback writes in place again.
+    uploads.extend(release.fixed().map(|file| {
+        let name = below(&file.path);
+        let cache = headers::cache_control(&name).into();
+        let from = From::File(site.join(&file.path));
+        Upload { file: File { cache, ..file.clone() }, from, name }
+    }));
+    for (name, bytes) in [
+        ("provenance.json", canonical::to_vec(provenance)),
+        ("manifest.json", canonical::to_vec(release)),
+    ] {
+        let name = below(name);
+        let file = File::of_bytes(&name, &bytes);
+        uploads.push(Upload { name, file, from: From::Bytes(bytes) });
+    }
+    uploads
 }
 
-pub struct Encoder;
-
-impl Files {
-    pub fn of(site: &Path, release: &Manifest, provenance: &Value) -> Self {
-        let below = |file: &str| manifest::path(&release.release, file);
-        let mut uploads: Vec<Upload> = release
-            .hashed()
-            .map(|file| Upload {
-                name: file.path.clone(),
-                file: file.clone(),
-                from: From::File(site.join(&file.path)),
-            })
-            .collect();
-        // What a rollback writes in place again.
-        uploads.extend(release.fixed().map(|file| {
-            let name = below(&file.path);
-            let cache = headers::cache_control(&name).into();
-            Upload {
-                file: File { cache, ..file.clone() },
-                from: From::File(site.join(&file.path)),
-                name,
+/// Makes sure of what is there and writes what is not, the manifest last. Returns how many bytes
+/// went.
+pub async fn send(
+    job: &Job,
+    bucket: &Bucket,
+    kept: Vec<Upload>,
+    new: Vec<Upload>,
+) -> anyhow::Result<u64> {
+    let total = new.iter().map(|upload| upload.file.bytes).sum();
+    let sent = Arc::new(AtomicU64::new(0));
+    let mut done = 0;
+    let mut tell = |bytes: u64| {
+        done += bytes;
+        job.progress(Progress {
+            phase: "upload".into(),
+            done,
+            total,
+            unit: "bytes".into(),
+            ..Progress::default()
+        });
+    };
+    // A release's own files come last and name the others.
+    let (own, mut shared): (Vec<_>, Vec<_>) =
+        new.into_iter().partition(|upload| upload.name.starts_with("releases/"));
+    let mut travelling = JoinSet::new();
+    for upload in kept {
+        let bucket = bucket.clone();
+        wait(&mut travelling, &mut |_| {}).await?;
+        travelling.spawn(async move {
+            // The provenance of a release is that of whoever published it first.
+            if upload.name.ends_with("/provenance.json") {
+                return Ok(0);
             }
-        }));
-        for (name, bytes) in [
-            ("provenance.json", canonical::to_vec(provenance)),
-            ("manifest.json", canonical::to_vec(release)),
-        ] {
-            let name = below(name);
-            let file = File::of_bytes(&name, &bytes);
-            uploads.push(Upload { name, file, from: From::Bytes(bytes) });
-        }
-        Self { uploads, encoder: Encoder }
+            let there = bucket.head(&upload.name).await?;
+            let gone = || Failure::environment(format!("{} is gone again", upload.name));
+            settled(
+                bucket.location(),
+                &upload.name,
+                &upload.file.blake3,
+                &there.ok_or_else(gone)?,
+            )?;
+            Ok(0)
+        });
     }
-}
-
-impl Encoder {
-    /// Makes sure of what is there and writes what is not, the manifest last. Returns how many bytes
-    /// went.
-    pub async fn send(
-        &self,
-        job: &Job,
-        bucket: &Bucket,
-        kept: Vec<Upload>,
-        new: Vec<Upload>,
-    ) -> anyhow::Result<u64> {
-        let total = new.iter().map(|upload| upload.file.bytes).sum();
-        let sent = Arc::new(AtomicU64::new(0));
-        let mut done = 0;
-        let mut tell = |bytes: u64| {
-            done += bytes;
-            job.progress(Progress {
-                phase: "upload".into(),
-                done,
-                total,
-                unit: "bytes".into(),
-                ..Progress::default()
-            });
-        };
-        // A release's own files come last and name the others.
-        let (own, mut shared): (Vec<_>, Vec<_>) =
-            new.into_iter().partition(|upload| upload.name.starts_with("releases/"));
-        let mut travelling = JoinSet::new();
-        for upload in kept {
-            let bucket = bucket.clone();
-            wait(&mut travelling, &mut |_| {}).await?;
-            travelling.spawn(async move {
-                // The provenance of a release is that of whoever published it first.
-                if upload.name.ends_with("/provenance.json") {
-                    return Ok(0);
-                }
-                let there = bucket.head(&upload.name).await?;
-                let gone = || Failure::environment(format!("{} is gone again", upload.name));
-                settled(
-                    bucket.location(),
-                    &upload.name,
-                    &upload.file.blake3,
-                    &there.ok_or_else(gone)?,
-                )?;
-                Ok(0)
-            });
-        }
-        while !travelling.is_empty() {
-            join(&mut travelling, &mut |_| {}).await?;
-        }
-        // The largest first, so that none is waited for at the end.
-        shared.sort_by_key(|upload| std::cmp::Reverse(upload.file.bytes));
-        for upload in shared {
-            wait(&mut travelling, &mut tell).await?;
-            let (bucket, sent) = (bucket.clone(), sent.clone());
-            let packed = upload.encoding().map(|_| pack(job, &upload)).transpose()?;
-            travelling.spawn(async move { one(&bucket, upload, packed, &sent).await });
-        }
-        while !travelling.is_empty() {
-            join(&mut travelling, &mut tell).await?;
-        }
-        for upload in own {
-            tell(one(bucket, upload, None, &sent).await?);
-        }
-        Ok(sent.load(Ordering::Relaxed))
+    while !travelling.is_empty() {
+        join(&mut travelling, &mut |_| {}).await?;
     }
+    // The largest first, so that none is waited for at the end.
+    shared.sort_by_key(|upload| std::cmp::Reverse(upload.file.bytes));
+    for upload in shared {
+        wait(&mut travelling, &mut tell).await?;
+        let (bucket, sent) = (bucket.clone(), sent.clone());
+        let packed = upload.encoding().map(|_| pack(job, &upload)).transpose()?;
+        travelling.spawn(async move { one(&bucket, upload, packed, &sent).await });
+    }
+    while !travelling.is_empty() {
+        join(&mut travelling, &mut tell).await?;
+    }
+    for upload in own {
+        tell(one(bucket, upload, None, &sent).await?);
+    }
+    Ok(sent.load(Ordering::Relaxed))
 }
 
 /// Room for one more.

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use step::worker::{Act, Job};
 use step::{BlobDigest, Failure};
 
-use crate::release::{Files, Upload};
+use crate::release::{self, Upload};
 use crate::{check, cloudfront, setup};
 
 /// The metadata that holds a file's digest before any compression.
@@ -30,7 +30,7 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
     let target: S3 = serde_json::from_value(act.target)?;
     let task: Task = serde_json::from_value(act.task)?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start threads")?;
-    let (told, look) = runtime.block_on(async {
+    let (mut told, look) = runtime.block_on(async {
         if task == Task::Setup {
             return Ok((setup::run(job, &target).await?, None));
         }
@@ -38,15 +38,12 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
         let bucket = Bucket::open(&location, &settings(&target)).await?;
         let place = Place { job, target: &target, bucket };
         anyhow::Ok(match task {
-            Task::Publish { dry_run, provenance } => {
-                place.publish(dry_run, &provenance).await.map(|(told, look)| (told, look))?
-            }
+            Task::Publish { dry_run, provenance } => place.publish(dry_run, &provenance).await?,
             Task::Rollback { release } => place.rollback(release).await?,
             Task::Releases => (place.releases().await?, None),
             Task::Setup => unreachable!("it was done above"),
         })
     })?;
-    let mut told = told;
     if let (Some(release), Some(url)) = (look, &target.url) {
         let check = Check { url: url.clone(), release: Some(release) };
         told["check"] = check::look(job, &check)?;
@@ -93,9 +90,9 @@ impl Place<'_> {
         }
         let current = self.current().await?;
         let there = self.listed(&["assets/", "models/", "vendor/", "releases/"]).await?;
-        let files = Files::of(&site.path, &manifest, provenance);
+        let uploads = release::uploads(&site.path, &manifest, provenance);
         let (kept, new): (Vec<_>, Vec<_>) =
-            files.uploads.into_iter().partition(|upload| there.contains_key(&upload.name));
+            uploads.into_iter().partition(|upload| there.contains_key(&upload.name));
         let bytes = |uploads: &[Upload]| uploads.iter().map(|u| u.file.bytes).sum::<u64>();
         let (all, to_send) = (bytes(&kept) + bytes(&new), bytes(&new));
         let row = |upload: &Upload| {
@@ -126,7 +123,7 @@ impl Place<'_> {
             .hint("use a store that does, as AWS, MinIO and R2 do")
             .into());
         }
-        let sent = files.encoder.send(self.job, &self.bucket, kept, new).await?;
+        let sent = release::send(self.job, &self.bucket, kept, new).await?;
         told["bytes_sent"] = json!(sent);
         let moved = self.point(&manifest, &site.path.join(INDEX), current).await?;
         told["moved"] = json!(moved);
@@ -285,7 +282,7 @@ impl Place<'_> {
     async fn listed(&self, folders: &[&str]) -> anyhow::Result<BTreeMap<String, u64>> {
         let mut all = BTreeMap::new();
         for folder in folders {
-            self.bucket.list(folder, &mut |one| _ = all.insert(one.name, one.size)).await?;
+            self.bucket.list(folder, |one| _ = all.insert(one.name, one.size)).await?;
         }
         Ok(all)
     }
