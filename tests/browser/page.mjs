@@ -17,7 +17,7 @@ const FLAGS = [
 ];
 
 const failures = [];
-const children = [];
+export const children = [];
 
 export function check(what, same, detail = '') {
   console.log(`${same ? 'ok      ' : 'FAILED  '}${what}${same || !detail ? '' : `\n        ${detail}`}`);

@@ -5,11 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 here=tests/browser
-stamp="$here/node_modules/.$(sha256sum "$here/package-lock.json" | cut -c1-16)"
-if [ ! -e "$stamp" ]; then
-    (cd "$here" && npm ci --ignore-scripts --no-audit --no-fund --silent)
-    touch "$stamp"
-fi
+bash "$here/npm.sh"
 node --test --test-reporter=dot "$here/crontab.test.mjs"
 node "$here/check.mjs"
 exec node "$here/graphs.mjs"

@@ -82,6 +82,18 @@ pub enum Command {
         #[arg(long, default_value = "127.0.0.1")]
         host: String,
     },
+    /// Hand a site out: all that is new of it, and then the one page that says so.
+    #[command(args_conflicts_with_subcommands = true)]
+    Publish {
+        #[command(subcommand)]
+        what: Option<Publish>,
+        /// A table with `step = "publish/s3"`.
+        #[arg(default_value = "demo/publish")]
+        target: String,
+        /// Only tell what would be sent.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Pin what cannot be made here, in the recipe's lock file: outside sources, and results.
     ///
     /// Sources are pinned to a commit, sizes and hashes. Of what is built, the results of steps that
@@ -225,6 +237,28 @@ impl Targets {
             words => words.to_vec(),
         }
     }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Publish {
+    /// What was published there, the current marked.
+    Releases {
+        #[arg(default_value = "demo/publish")]
+        target: String,
+    },
+    /// Visitors get an earlier release again: RELEASE, or that before the current.
+    Rollback {
+        target: String,
+        /// The start of its name is enough.
+        release: Option<String>,
+    },
+    /// Make or change bucket policy, access control, headers policy and distribution, as needed.
+    Setup {
+        #[arg(default_value = "demo/publish")]
+        target: String,
+    },
+    /// Look at a live site: headers, types, caching, and every byte against its manifest.
+    Check { url: String },
 }
 
 /// Where the documents of a release go, and what its figures stand beside.

@@ -4,6 +4,7 @@ mod ci;
 mod diff;
 mod doctor;
 mod nix;
+mod publish;
 mod release;
 mod show;
 
@@ -64,6 +65,9 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Diff { a, b } => diff::run(&open(&root)?, &a, b.as_deref(), json)?,
         Command::Graph { targets, format } => graph(&open(&root)?, &targets, format)?,
         Command::Serve { target, port, host } => return serve(&open(&root)?, &target, &host, port),
+        Command::Publish { what, target, dry_run } => {
+            return publish::run(&open(&root)?, what, &target, dry_run, json);
+        }
         Command::Lock { targets, check: true } => return check(&open(&root)?, &targets, json),
         Command::Lock { targets, check: false } => lock(&open(&root)?, &targets, json)?,
         Command::Nix { what } => nix::run(&root, what)?,

@@ -14,5 +14,6 @@ pub const REGISTRY: Registry = Registry {
         &eval::FAMILY,
         &site::FAMILY,
         &command::FAMILY,
+        &publish::FAMILY,
     ],
 };

@@ -26,6 +26,8 @@ pub enum Stage {
     Interop,
     /// The page, and each architecture's graphs, in headless Chromium, on WASM and WebGPU.
     Browser,
+    /// The page published to a stand-in for AWS, checked, and opened as CloudFront would serve it.
+    Publish,
     /// The demo as Nix packages: built in Nix's sandbox, to the same bytes.
     Nix,
 }
@@ -47,6 +49,7 @@ const WORKERS: &[(&[&str], &[&str])] = &[
         &["onnxruntime", "cmake", "libclang"],
     ),
     (&["site/worker"], &[]),
+    (&["publish/worker"], &[]),
     (&["command/worker"], &[]),
     (&["serve/worker"], &[]),
     (&["s3/testing"], &[]),
@@ -124,6 +127,7 @@ fn run_stage(sh: &Shell, root: &Path, stage: Stage) -> anyhow::Result<()> {
             let _env = with_tools(sh, &engine, &["onnxruntime"])?;
             cmd!(sh, "bash tests/browser/run.sh").run()?;
         }
+        Stage::Publish => cmd!(sh, "bash tests/publish/run.sh").run()?,
         Stage::Nix => cmd!(sh, "bash tests/nix/run.sh").run()?,
     }
     Ok(())

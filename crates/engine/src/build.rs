@@ -145,6 +145,11 @@ impl Engine {
         options: Options,
         on: &mut (dyn FnMut(Event) + Send),
     ) -> Result<Outcome, Error> {
+        if let Some(node) = graph.nodes.iter().find(|node| node.def.acts) {
+            let message = format!("{} is no artifact: `{}` acts outside", node.id, node.def.name);
+            let hint = format!("say so: cargo xtask publish {}", node.id);
+            return Err(Failure::input(message).hint(hint).into());
+        }
         self.recall(&options.words);
         let on = Mutex::new(on);
         let tell = |event: Event<'_>| held(&on)(event);

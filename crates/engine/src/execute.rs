@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use step::worker::{self, Mode, Request};
-use step::{ActionResult, Failure, Provenance, TreeDigest, action};
+use step::{ActionResult, Failure, Family, Provenance, TreeDigest, action};
 
 use crate::build::Slot;
 use crate::capacity::threads_here;
@@ -193,17 +193,26 @@ impl Engine {
 
     /// The family's worker, compiled if need be.
     pub(crate) fn worker(&self, node: &Node, on: &mut dyn FnMut(Event)) -> Result<PathBuf, Error> {
+        self.worker_of(node.family, on)
+    }
+
+    pub(crate) fn worker_of(
+        &self,
+        family: &Family,
+        on: &mut dyn FnMut(Event),
+    ) -> Result<PathBuf, Error> {
         if let Workers::Fixed(path) = &self.workers {
             return Ok(path.clone());
         }
         // Held while cargo runs: whoever needs the same worker waits for it here.
         let mut compiled = held(&self.compiled);
-        let family = node.family.name;
+        let build_tools = family.build_tools;
+        let family = family.name;
         if let Some(path) = compiled.get(family) {
             return Ok(path.clone());
         }
         let mut env = BTreeMap::new();
-        for tool in node.family.build_tools {
+        for tool in build_tools {
             env.extend(self.tool(tool, on)?.env);
         }
         let code = self.family_code(family)?;

@@ -3,6 +3,7 @@
 //! Prints nothing and reads no command line: it emits [`Event`]s. Knows no step by name: a
 //! [`Registry`] is handed to it.
 
+mod act;
 mod alone;
 mod build;
 mod capacity;
@@ -37,6 +38,7 @@ use std::time::SystemTime;
 use step::{Action, ActionKey, ActionResult, Failure};
 use store::Store;
 
+pub use act::Errand;
 pub use alone::Given;
 pub use build::{Built, Options, Outcome};
 pub use event::Event;

@@ -120,11 +120,11 @@ pub fn run(
     let mut stderr = memory(dir).map_err(cannot("write in", dir))?;
 
     let mut command = Command::new(program);
-    command.arg(&request_path).current_dir(dir).env_clear().env("TMPDIR", dir);
-    for name in ENVIRONMENT {
-        if let Some(value) = std::env::var_os(name) {
-            command.env(name, value);
-        }
+    command.arg(&request_path).current_dir(dir).env("TMPDIR", dir);
+    // Where no result is made there is none to keep clean, and credentials come in many variables.
+    if request.mode != worker::Mode::Act {
+        let seen = ENVIRONMENT.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
+        command.env_clear().env("TMPDIR", dir).envs(seen);
     }
     let end = stderr.try_clone().map_err(cannot("start", program))?;
     command.args([worker::ENGINE, &std::process::id().to_string()]);

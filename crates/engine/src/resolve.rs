@@ -163,7 +163,8 @@ impl<'a> Resolver<'a> {
                 out.extend(self.existing(TargetId::new(recipe, target))?);
             } else if self.recipe_names().contains(word) {
                 let tables = &self.recipe(word, None)?.0.targets;
-                let all = tables.iter().filter(|t| !t.step.value.starts_with("publish/"));
+                let acts = |name: &str| self.registry.step(name).is_some_and(|(_, step)| step.acts);
+                let all = tables.iter().filter(|t| !acts(&t.step.value));
                 out.extend(all.map(|t| TargetId::new(word, &t.name)));
             } else {
                 self.recipe(DEFAULT_RECIPE, None)?;
@@ -379,6 +380,14 @@ impl<'a> Resolver<'a> {
                 };
                 // A wrong step name over there is that table's own mistake, found when it is visited.
                 let step = registry.step(&table.step.value);
+                if step.is_some_and(|(_, step)| step.acts) {
+                    return Err(recipe
+                        .diagnostic(
+                            span,
+                            format!("`{}` acts outside, and leaves nothing to take", id.target),
+                        )
+                        .into());
+                }
                 let raw = table.entries.iter();
                 let raw = raw.map(|e| (e.key.value.clone(), e.value.value.clone())).collect();
                 let kind = step.map_or(def.kinds[0], |(_, step)| (step.output)(&raw));

@@ -55,6 +55,39 @@ fn a_rerun_that_gives_the_same_bytes_stops_there() {
 }
 
 #[test]
+fn what_acts_outside_runs_only_when_it_is_told_to() {
+    let send = "\n[send]\nstep = \"demo/send\"\ntext = \"shout\"\nto = \"them\"\n";
+    let w = Workspace::new(&format!("{RECIPE}{send}"));
+    assert_eq!(w.build("r").unwrap(), ["count", "shout"]);
+    let refused = w.build("r/send").unwrap_err();
+    assert!(refused.starts_with("r/send is no artifact: `demo/send` acts outside"), "{refused}");
+    assert!(refused.ends_with("hint: say so: cargo xtask publish r/send"), "{refused}");
+
+    let engine = w.engine();
+    let graph = w.graph(&engine, "r/send");
+    let node = graph.nodes.last().unwrap();
+    for _ in 0..2 {
+        let errand = engine::Errand {
+            target: &node.id,
+            step: node.def.name,
+            act: step::worker::Act { target: node.params.clone(), task: "go".into() },
+            inputs: engine.inputs_of(node).unwrap(),
+        };
+        let answer = engine.act(errand, &mut |_| {}).unwrap();
+        assert_eq!((&answer["to"], &answer["task"]), (&"them".into(), &"go".into()));
+        assert_eq!(answer["text"], "2");
+    }
+    let chain = engine.chain(&graph);
+    let names: Vec<_> = chain.iter().map(|(id, _)| id.target.as_str()).collect();
+    assert_eq!(names, ["count", "shout"]);
+    assert!(engine.last(&node.id).is_none(), "it leaves nothing");
+
+    let taken = format!("{RECIPE}{send}\n[more]\nstep = \"demo/upper\"\ntext = \"send\"\n");
+    let refused = Workspace::new(&taken).build("r/more").unwrap_err();
+    assert!(refused.contains("`send` acts outside, and leaves nothing to take"), "{refused}");
+}
+
+#[test]
 fn why_names_the_field() {
     let reason = |w: &Workspace| match w.status("r").remove("count").unwrap() {
         Status::Stale(Stale::Changed(differences)) => {

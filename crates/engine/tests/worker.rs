@@ -22,6 +22,7 @@ fn main() -> ExitCode {
         ("demo/full", full),
         ("demo/babble", babble),
         ("demo/nosy", nosy),
+        ("demo/send", send),
     ])
 }
 
@@ -117,6 +118,15 @@ fn nosy(job: &Job) -> anyhow::Result<()> {
         text += &format!("{what}: {}\n", said(result));
     }
     Ok(std::fs::write(job.out().join("text.txt"), text)?)
+}
+
+/// Sends nothing: answers what it was asked, and what it would send.
+fn send(job: &Job) -> anyhow::Result<()> {
+    let act: step::worker::Act = job.params()?;
+    let answer = serde_json::json!({
+        "to": act.target["to"], "task": act.task, "text": read(job, "text")?,
+    });
+    Ok(std::fs::write(job.out().join("answer.json"), answer.to_string())?)
 }
 
 fn write(path: &Path, text: String) -> anyhow::Result<()> {

@@ -134,8 +134,16 @@ impl File {
     pub fn of(dir: &Path, path: &str) -> Result<Self, Failure> {
         let from = dir.join(path);
         let mut file = fs::File::open(&from).map_err(|e| cannot("read", &from, &e))?;
+        Self::read(path, &mut file).map_err(|e| cannot("read", &from, &e))
+    }
+
+    pub fn of_bytes(path: &str, mut bytes: &[u8]) -> Self {
+        Self::read(path, &mut bytes).expect("memory can be read")
+    }
+
+    fn read(path: &str, from: &mut dyn std::io::Read) -> std::io::Result<Self> {
         let mut both = Both { blake3: blake3::Hasher::new(), sha256: Sha256::new() };
-        let bytes = std::io::copy(&mut file, &mut both).map_err(|e| cannot("read", &from, &e))?;
+        let bytes = std::io::copy(from, &mut both)?;
         Ok(Self {
             path: path.into(),
             bytes,

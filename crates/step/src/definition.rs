@@ -35,6 +35,9 @@ pub trait Step: Serialize + DeserializeOwned + JsonSchema {
     const REBUILD: Rebuild = Rebuild::BitForBit;
     /// Only `source/*` and `publish/*` may say yes.
     const NETWORK: bool = false;
+    /// Whether its work is done outside, and leaves no artifact: such a target runs when it is named,
+    /// each time, and never as a part of a build.
+    const ACTS: bool = false;
     /// Whether `cargo xtask lock` must pin this step before it is built.
     const LOCKED: bool = false;
     /// Tools that take part in the result, by their names in the engine's table.
@@ -244,6 +247,7 @@ pub struct StepDef {
     pub platform: Platform,
     pub rebuild: Rebuild,
     pub network: bool,
+    pub acts: bool,
     pub locked: bool,
     pub tools: &'static [&'static str],
     /// The keys of its table, inputs and `step` left out.
@@ -269,6 +273,7 @@ impl StepDef {
             platform: S::PLATFORM,
             rebuild: S::REBUILD,
             network: S::NETWORK,
+            acts: S::ACTS,
             locked: S::LOCKED,
             tools: S::TOOLS,
             keys: field_names::<S>,

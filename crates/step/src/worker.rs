@@ -49,6 +49,18 @@ pub enum Mode {
     Build,
     /// Ask the outside world what the step names today; write `lock.json` in `out`.
     Lock,
+    /// Do something outside; write `answer.json` in `out`. The parameters are an [`Act`].
+    Act,
+}
+
+/// What a step that acts outside is asked to do.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Act {
+    /// The step's own parameters, as its recipe has them.
+    pub target: Value,
+    /// What the family's light half declares.
+    pub task: Value,
 }
 
 /// An artifact that a step reads.

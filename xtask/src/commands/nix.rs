@@ -113,7 +113,8 @@ fn step_tools(registry: Registry) -> Vec<&'static str> {
 fn steps(registry: Registry) -> Value {
     let mut all = BTreeMap::new();
     for family in registry.families {
-        for step in family.steps {
+        // What acts outside has no derivation.
+        for step in family.steps.iter().filter(|step| !step.acts) {
             let inputs: Vec<_> = step.inputs.iter().map(|input| input.name).collect();
             let line = json!({
                 "family": family.name,

@@ -48,6 +48,21 @@ demo_step!(Full, "demo/full", None);
 demo_step!(Babble, "demo/babble", None);
 demo_step!(Nosy, "demo/nosy", None);
 
+/// Says what it was asked, and of which bytes.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Outside {
+    to: String,
+}
+
+impl Step for Outside {
+    const NAME: &'static str = "demo/send";
+    const ABOUT: &'static str = "A step that acts outside.";
+    const INPUTS: &'static [InputDef] = &[InputDef::one("text", &[Kind::Files])];
+    const OUTPUT: Kind = Kind::Files;
+    const ACTS: bool = true;
+}
+
 static FAMILY: Family = Family {
     name: "demo",
     steps: &[
@@ -60,6 +75,7 @@ static FAMILY: Family = Family {
         StepDef::of::<Full>(),
         StepDef::of::<Babble>(),
         StepDef::of::<Nosy>(),
+        StepDef::of::<Outside>(),
     ],
     build_tools: &[],
 };

@@ -39,6 +39,7 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
             name_licence(job, &params)?;
             check_architecture(job, &params)
         }
+        Mode::Act => Err(Failure::bug("a source has nothing to do outside").into()),
     }
 }
 

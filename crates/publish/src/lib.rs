@@ -1,0 +1,44 @@
+//! Steps that hand a site out, and the check of one that is live.
+//!
+//! The light half: where to, and what can be asked of it. What is published is a release as
+//! `crates/release` describes it.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use step::{Family, StepDef};
+
+pub mod s3;
+
+pub static FAMILY: Family =
+    Family { name: "publish", steps: &[StepDef::of::<s3::S3>()], build_tools: &[] };
+
+/// The name by which the worker is asked to look at a live site: a target it is not.
+pub const CHECK: &str = "publish/check";
+
+/// What can be asked of a target.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Task {
+    /// Makes the site what visitors get.
+    Publish {
+        /// Only tell what would be done.
+        dry_run: bool,
+        /// How the site was made: kept beside the release.
+        provenance: Value,
+    },
+    /// Which releases are there.
+    Releases,
+    /// Makes an earlier release what visitors get: this one, or that before the current.
+    Rollback { release: Option<String> },
+    /// Brings bucket and distribution into the state that a site needs.
+    Setup,
+}
+
+/// A live site to be looked at.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Check {
+    pub url: String,
+    /// The release that is to be there; whichever is, if it is not said.
+    pub release: Option<String>,
+}

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The demo's site published to a stand-in for AWS, and opened in Chromium as CloudFront would serve it.
+# ANNEAL_DEMO names another folder than artifacts/demo; it holds site/ and eval/eval.json.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+PYTHON=$(bash tests/publish/venv.sh)
+export PYTHON
+bash tests/browser/npm.sh
+exec node tests/publish/live.mjs
