@@ -1,4 +1,5 @@
-//! `gguf/export`: a model as one GGUF file, tokenizer and chat template inside.
+//! `gguf/export`: a model as one GGUF file, tokenizer and chat template inside, and a Modelfile for
+//! Ollama beside it.
 //!
 //! It is written from the checkpoint's own bits: nothing is rounded twice, and each tensor has the
 //! bytes that llama-quantize makes of it.

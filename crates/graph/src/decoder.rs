@@ -18,16 +18,18 @@ use checkpoint::weights::Weights;
 use crate::builder::{Attr, Builder, Dim};
 use crate::proto::data_type::{FLOAT, INT32, INT64};
 use crate::weights::{Embedding, Writer};
-use crate::{Error, Options, Sizes, Written};
+use crate::{Calibration, Error, Options, Sizes, Written};
 
 pub fn write(
     config: &Config,
     weights: &Weights,
     to: &Path,
     options: Options,
+    calibration: Option<&Calibration>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Written, Error> {
-    let w = Writer::new(Builder::new(to, options), weights, config.hidden_size, options)?;
+    let b = Builder::new(to, options);
+    let w = Writer::new(b, weights, config.hidden_size, options, calibration)?;
     let mut g = Graph { w, config, constants: Vec::new() };
     g.ports();
     g.lengths();

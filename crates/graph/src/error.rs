@@ -14,6 +14,8 @@ pub enum Error {
     NotFinite(String),
     #[error("tensor `{0}` holds a value of more than 65504: 16 bits cannot hold it")]
     TooLarge(String),
+    #[error("what `{0}` is multiplied with is no number, or infinite: nothing can be calibrated")]
+    Calibration(String),
     #[error("hidden_size {0} is no multiple of 32, the values that share a scale")]
     Width(usize),
     #[error("head_dim {0} is no multiple of 16: ONNX Runtime's attention does not take it")]
@@ -38,7 +40,7 @@ impl From<Error> for Failure {
                 Failure::environment(error.to_string()).hint("free some disk space and build again")
             }
             Error::Write { .. } => Failure::environment(error.to_string()),
-            Error::NotFinite(_) => Failure::input(error.to_string())
+            Error::NotFinite(_) | Error::Calibration(_) => Failure::input(error.to_string())
                 .hint("the training diverged: look at its loss curve, and lower the learning rate"),
             Error::HeadDim(_) | Error::RotaryDim(_) => Failure::input(error.to_string()),
             Error::TooLarge(_) => {

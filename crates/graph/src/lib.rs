@@ -4,6 +4,7 @@
 //! in memory at a time, and of a quantised one a part.
 
 mod builder;
+mod calibration;
 mod decoder;
 mod error;
 mod meant;
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 use checkpoint::config::Config;
 use checkpoint::weights::Weights;
 
+pub use calibration::Calibration;
 pub use error::Error;
 pub use meant::Meant;
 pub use sizes::Sizes;
@@ -115,6 +117,17 @@ pub fn write(
     options: Options,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Written, Error> {
+    write_for(model, to, options, None, progress)
+}
+
+/// [`write`] that rounds by what matrices are multiplied with, where a block's range is looked for.
+pub fn write_for(
+    model: &Path,
+    to: &Path,
+    options: Options,
+    calibration: Option<&Calibration>,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Written, Error> {
     let config = Config::read_to_run(model)?;
     let weights = Weights::open(model)?;
     weights.check(&config)?;
@@ -124,5 +137,5 @@ pub fn write(
     if !config.rotary_dim.is_multiple_of(16) {
         return Err(Error::RotaryDim(config.rotary_dim));
     }
-    decoder::write(&config, &weights, to, options, progress)
+    decoder::write(&config, &weights, to, options, calibration, progress)
 }

@@ -8,21 +8,28 @@ use checkpoint::names;
 use checkpoint::weights::Weights;
 use half::f16;
 
+use crate::calibration::Seen;
 use crate::quantise::{Scheme, Schemes};
-use crate::{Error, Options};
+use crate::{Calibration, Error, Options};
 
 /// What the bytes of a graph mean, made again from the checkpoint that it was written of.
 pub struct Meant<'a> {
     weights: &'a Weights,
     schemes: Schemes,
+    calibration: Option<&'a Calibration>,
     half: bool,
 }
 
 impl<'a> Meant<'a> {
-    /// For a graph of `weights` whose hidden size is `width`.
-    pub fn new(weights: &'a Weights, width: usize, options: Options) -> Result<Self, Error> {
+    /// For a graph of `weights` whose hidden size is `width`, rounded by this `calibration`.
+    pub fn new(
+        weights: &'a Weights,
+        width: usize,
+        options: Options,
+        calibration: Option<&'a Calibration>,
+    ) -> Result<Self, Error> {
         let schemes = Schemes::new(width, options)?;
-        Ok(Self { weights, schemes, half: options.dtype.is_half() })
+        Ok(Self { weights, schemes, calibration, half: options.dtype.is_half() })
     }
 
     /// Rows of the tensor that the checkpoint calls `name`, one or more. A vector is one row.
@@ -40,8 +47,11 @@ impl<'a> Meant<'a> {
             _ => None,
         };
         if let Some(scheme) = scheme {
-            let columns = out.len() / height;
-            out.chunks_exact_mut(columns).for_each(|row| scheme.round(row));
+            let seen = match self.calibration {
+                Some(calibration) => calibration.of(name)?,
+                None => None,
+            };
+            scheme.round(seen.as_ref(), out.len() / height, out);
         } else if self.half && !name.ends_with("norm.weight") {
             // Norms are f32 in any graph.
             out.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32());
@@ -51,20 +61,25 @@ impl<'a> Meant<'a> {
 }
 
 impl Scheme {
-    /// A row, quantised and numbers again.
-    pub(crate) fn round(&self, row: &mut [f32]) {
-        let blocks = self.blocks(row.len());
-        let mut levels = vec![0; blocks * self.width()];
-        let (mut scales, mut zeros) = (vec![0.0; blocks], vec![0; self.zeros_width(row.len())]);
-        self.row(row, &mut levels, &mut scales, &mut zeros);
+    /// Rows, quantised and numbers again.
+    pub(crate) fn round(&self, seen: Option<&Seen>, columns: usize, rows: &mut [f32]) {
+        let (blocks, zeros_width) = (self.blocks(columns), self.zeros_width(columns));
+        let count = rows.len() / columns;
+        let mut levels = vec![0; count * blocks * self.width()];
+        let (mut scales, mut zeros) = (vec![0.0; count * blocks], vec![0; count * zeros_width]);
+        self.rows(seen, columns, rows, &mut levels, &mut scales, &mut zeros);
         let level = |bytes: &[u8], i: usize| match self.bits {
             4 => bytes[i / 2] >> (4 * (i % 2)) & 15,
             _ => bytes[i],
         };
-        for (i, x) in row.iter_mut().enumerate() {
-            let block = i / self.block;
-            let from_zero = i32::from(level(&levels, i)) - i32::from(level(&zeros, block));
-            *x = from_zero as f32 * scales[block];
+        for (at, row) in rows.chunks_exact_mut(columns).enumerate() {
+            let levels = &levels[at * blocks * self.width()..];
+            let zeros = &zeros[at * zeros_width..];
+            for (i, x) in row.iter_mut().enumerate() {
+                let block = i / self.block;
+                let from_zero = i32::from(level(levels, i)) - i32::from(level(zeros, block));
+                *x = from_zero as f32 * scales[at * blocks + block];
+            }
         }
     }
 }
@@ -79,10 +94,10 @@ mod tests {
         for (bits, symmetric, near) in [(4, true, 0.14), (4, false, 0.08), (8, true, 0.008)] {
             let scheme = Scheme { bits, block: 32, symmetric, half_scales: false, search: false };
             let mut once = values.clone();
-            scheme.round(&mut once);
+            scheme.round(None, 100, &mut once);
             assert!(once.iter().zip(&values).all(|(a, b)| (a - b).abs() < near), "{scheme:?}");
             let mut twice = once.clone();
-            scheme.round(&mut twice);
+            scheme.round(None, 100, &mut twice);
             assert!(once.iter().zip(&twice).all(|(a, b)| (a - b).abs() < 1e-6), "{scheme:?}");
         }
     }

@@ -8,6 +8,9 @@ use half::f16;
 
 use crate::{Error, Options};
 
+/// How often a scale is fitted to the levels that the one before gave.
+const REFINED: usize = 4;
+
 /// How a matrix \[N, K\] is quantised, in blocks along K.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scheme {
@@ -80,21 +83,29 @@ impl Scheme {
     }
 
     /// Quantises a row into its levels, a scale for each block, and zero points. A block that the
-    /// row does not fill is filled with zero bytes.
-    pub fn row(&self, values: &[f32], levels: &mut [u8], scales: &mut [f32], zeros: &mut [u8]) {
+    /// row does not fill is filled with zero bytes. `importance` says how much an error in each value
+    /// counts where a range is looked for; without it, all count the same.
+    pub fn row(
+        &self,
+        values: &[f32],
+        importance: Option<&[f32]>,
+        levels: &mut [u8],
+        scales: &mut [f32],
+        zeros: &mut [u8],
+    ) {
         #[cfg(target_arch = "x86_64")]
         {
             use std::is_x86_feature_detected as has;
             if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
                 // SAFETY: the features were just found.
-                return unsafe { row_avx512(self, values, levels, scales, zeros) };
+                return unsafe { row_avx512(self, values, importance, levels, scales, zeros) };
             }
             if has!("avx2") {
                 // SAFETY: the feature was just found.
-                return unsafe { row_avx2(self, values, levels, scales, zeros) };
+                return unsafe { row_avx2(self, values, importance, levels, scales, zeros) };
             }
         }
-        row_any(self, values, levels, scales, zeros);
+        row_any(self, values, importance, levels, scales, zeros);
     }
 }
 
@@ -103,11 +114,12 @@ impl Scheme {
 fn row_avx512(
     scheme: &Scheme,
     values: &[f32],
+    importance: Option<&[f32]>,
     levels: &mut [u8],
     scales: &mut [f32],
     zeros: &mut [u8],
 ) {
-    row_any(scheme, values, levels, scales, zeros);
+    row_any(scheme, values, importance, levels, scales, zeros);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -115,11 +127,12 @@ fn row_avx512(
 fn row_avx2(
     scheme: &Scheme,
     values: &[f32],
+    importance: Option<&[f32]>,
     levels: &mut [u8],
     scales: &mut [f32],
     zeros: &mut [u8],
 ) {
-    row_any(scheme, values, levels, scales, zeros);
+    row_any(scheme, values, importance, levels, scales, zeros);
 }
 
 /// The same operations in the same order on every machine: Rust never fuses or reorders them.
@@ -127,6 +140,7 @@ fn row_avx2(
 fn row_any(
     scheme: &Scheme,
     values: &[f32],
+    importance: Option<&[f32]>,
     levels: &mut [u8],
     scales: &mut [f32],
     zeros: &mut [u8],
@@ -134,11 +148,9 @@ fn row_any(
     zeros.fill(if scheme.bits == 4 { scheme.middle() * 0x11 } else { scheme.middle() });
     let blocks = values.chunks(scheme.block).zip(levels.chunks_exact_mut(scheme.width()));
     for (i, ((values, levels), scale)) in blocks.zip(scales).enumerate() {
-        let (exact, mut zero) = range(values, scheme);
-        *scale = scheme.rounded(exact);
-        if scheme.search && *scale != 0.0 {
-            (*scale, zero) = search(values, scheme, *scale, zero);
-        }
+        let importance = importance.map(|all| &all[i * scheme.block..][..values.len()]);
+        let zero;
+        (*scale, zero) = block(values, importance, scheme);
         let reciprocal = if *scale == 0.0 { 0.0 } else { 1.0 / *scale };
         if scheme.bits == 4 {
             let shift = 4 * (i % 2);
@@ -148,6 +160,16 @@ fn row_any(
             zeros[i] = zero as u8;
             fill::<8>(values, reciprocal, zero, levels);
         }
+    }
+}
+
+/// The scale of a block and the level of zero.
+#[inline(always)]
+pub fn block(values: &[f32], importance: Option<&[f32]>, scheme: &Scheme) -> (f32, f32) {
+    let (exact, zero) = range(values, scheme);
+    match scheme.rounded(exact) {
+        scale if scheme.search && scale != 0.0 => search(values, importance, scheme, scale, zero),
+        scale => (scale, zero),
     }
 }
 
@@ -169,18 +191,28 @@ fn range(values: &[f32], scheme: &Scheme) -> (f32, f32) {
 /// The scale and the zero of the smallest squared error: those given, or of narrower and wider ranges.
 /// What is cut off at the ends may cost less than what finer levels gain. Of 4 bits.
 #[inline(always)]
-fn search(values: &[f32], scheme: &Scheme, scale: f32, zero: f32) -> (f32, f32) {
+fn search(
+    values: &[f32],
+    importance: Option<&[f32]>,
+    scheme: &Scheme,
+    scale: f32,
+    zero: f32,
+) -> (f32, f32) {
+    let error = |scale: f32, zero: f32| match importance {
+        None => squared_error(values, scale, zero, |_| 1.0),
+        Some(importance) => squared_error(values, scale, zero, |i| importance[i]),
+    };
     let mut best = (scale, zero);
-    let mut least = squared_error(values, scale, zero);
+    let mut least = error(scale, zero);
     let mut consider = |exact: f32, zero: f32| {
         let scale = scheme.rounded(exact);
-        if scale == 0.0 {
-            return;
+        if scale != 0.0 {
+            let error = error(scale, zero);
+            if error < least {
+                (least, best) = (error, (scale, zero));
+            }
         }
-        let error = squared_error(values, scale, zero);
-        if error < least {
-            (least, best) = (error, (scale, zero));
-        }
+        best
     };
     if scheme.symmetric {
         // Either end may be the one with a level more.
@@ -189,25 +221,38 @@ fn search(values: &[f32], scheme: &Scheme, scale: f32, zero: f32) -> (f32, f32) 
             consider(exact, zero);
             consider(-exact, zero);
         }
-        return best;
-    }
-    let (from, to) = extremes(values);
-    let (from, to) = (from.min(0.0), to.max(0.0));
-    for low in 0..8 {
-        for high in 0..8 {
-            let [from, to] = [from * (0.7 + 0.05 * low as f32), to * (0.7 + 0.05 * high as f32)];
-            let exact = (to - from) / 15.0;
-            if exact != 0.0 {
-                consider(exact, (-from / exact).round().clamp(0.0, 15.0));
+    } else {
+        let (from, to) = extremes(values);
+        let (from, to) = (from.min(0.0), to.max(0.0));
+        for low in 0..8 {
+            for high in 0..8 {
+                let [from, to] =
+                    [from * (0.7 + 0.05 * low as f32), to * (0.7 + 0.05 * high as f32)];
+                let exact = (to - from) / 15.0;
+                if exact != 0.0 {
+                    consider(exact, (-from / exact).round().clamp(0.0, 15.0));
+                }
             }
         }
     }
-    best
+    let (mut scale, mut zero) = consider(0.0, 0.0);
+    if let Some(importance) = importance {
+        for _ in 0..REFINED {
+            let fitted = fitted(values, importance, scale, zero);
+            consider(fitted, zero);
+            if !scheme.symmetric {
+                consider(fitted, (zero - 1.0).max(0.0));
+                consider(fitted, (zero + 1.0).min(15.0));
+            }
+            (scale, zero) = consider(0.0, 0.0);
+        }
+    }
+    (scale, zero)
 }
 
-/// Of 4 bits, summed in eight lanes.
+/// Of 4 bits, summed in eight lanes; `importance` of the value at a place.
 #[inline(always)]
-fn squared_error(values: &[f32], scale: f32, zero: f32) -> f32 {
+fn squared_error(values: &[f32], scale: f32, zero: f32, importance: impl Fn(usize) -> f32) -> f32 {
     let reciprocal = 1.0 / scale;
     let off = |value: f32| {
         let off = (f32::from(level::<4>(value, reciprocal, zero)) - zero) * scale - value;
@@ -215,15 +260,28 @@ fn squared_error(values: &[f32], scale: f32, zero: f32) -> f32 {
     };
     let mut sums = [0.0; 8];
     let (eights, rest) = values.as_chunks::<8>();
-    for eight in eights {
-        for (sum, value) in sums.iter_mut().zip(eight) {
-            *sum += off(*value);
+    for (i, eight) in eights.iter().enumerate() {
+        for (lane, (sum, value)) in sums.iter_mut().zip(eight).enumerate() {
+            *sum += off(*value) * importance(8 * i + lane);
         }
     }
-    for (sum, value) in sums.iter_mut().zip(rest) {
-        *sum += off(*value);
+    for (lane, (sum, value)) in sums.iter_mut().zip(rest).enumerate() {
+        *sum += off(*value) * importance(8 * eights.len() + lane);
     }
     sums.iter().sum()
+}
+
+/// The scale of the smallest error for the levels that `scale` and `zero` give.
+#[inline(always)]
+fn fitted(values: &[f32], importance: &[f32], scale: f32, zero: f32) -> f32 {
+    let reciprocal = 1.0 / scale;
+    let (mut product, mut square) = (0.0f32, 0.0f32);
+    for (value, importance) in values.iter().zip(importance) {
+        let level = f32::from(level::<4>(*value, reciprocal, zero)) - zero;
+        product += importance * value * level;
+        square += importance * level * level;
+    }
+    if square > 0.0 { product / square } else { scale }
 }
 
 /// Least and most, of one value or more.
@@ -286,7 +344,7 @@ fn levels<const BITS: u32>(values: &[f32; 32], reciprocal: f32, zero: f32) -> [u
 /// C's `roundf` of value / scale + zero, held to the levels. Adding the number just below one half
 /// and cutting off is the same for what is not negative, and has no branch.
 #[inline(always)]
-fn level<const BITS: u32>(value: f32, reciprocal: f32, zero: f32) -> u8 {
+pub fn level<const BITS: u32>(value: f32, reciprocal: f32, zero: f32) -> u8 {
     const BELOW_HALF: f32 = 0.499_999_97;
     let top = ((1u32 << BITS) - 1) as f32;
     let level = value * reciprocal + zero;
@@ -308,7 +366,7 @@ mod tests {
         let blocks = scheme.blocks(row.len());
         let mut levels = vec![0xaa; blocks * scheme.width()];
         let (mut scales, mut zeros) = (vec![0.0; blocks], vec![0; scheme.zeros_width(row.len())]);
-        scheme.row(row, &mut levels, &mut scales, &mut zeros);
+        scheme.row(row, None, &mut levels, &mut scales, &mut zeros);
         (levels, scales, zeros)
     }
 
@@ -340,7 +398,7 @@ mod tests {
                 };
                 let (levels, scales, zeros) = quantised(scheme, &row);
                 let mut other = (vec![0; levels.len()], vec![0.0; scales.len()], zeros.clone());
-                row_any(&scheme, &row, &mut other.0, &mut other.1, &mut other.2);
+                row_any(&scheme, &row, None, &mut other.0, &mut other.1, &mut other.2);
                 assert_eq!((&levels, &zeros), (&other.0, &other.2), "{scheme:?}");
                 let bits = |scales: &[f32]| scales.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                 assert_eq!(bits(&scales), bits(&other.1), "{scheme:?}");
@@ -415,7 +473,7 @@ mod tests {
             let blocks = scheme.blocks(values.len());
             let mut levels = vec![0; blocks * scheme.width()];
             let (mut scales, mut zeros) = (vec![0.0; blocks], vec![0; scheme.zeros_width(357)]);
-            row_any(&scheme, &values, &mut levels, &mut scales, &mut zeros);
+            row_any(&scheme, &values, None, &mut levels, &mut scales, &mut zeros);
             assert_eq!(quantised(scheme, &values), (levels, scales, zeros));
         }
     }
@@ -433,7 +491,7 @@ mod tests {
                     (0..block).map(|j| ((i * block + j * j) as f32).sin().powi(3)).collect();
                 let error = |scheme: Scheme| -> f32 {
                     let mut rounded = row.clone();
-                    scheme.round(&mut rounded);
+                    scheme.round(None, block, &mut rounded);
                     rounded.iter().zip(&row).map(|(a, b)| (a - b).powi(2)).sum()
                 };
                 let [before, after] = [nearest, Scheme { search: true, ..nearest }].map(error);

@@ -11,12 +11,14 @@ use rayon::prelude::*;
 use crate::builder::{Attr, Builder, Place};
 use crate::proto::data_type::{FLOAT, FLOAT16, UINT8};
 use crate::quantise::{Scheme, Schemes};
-use crate::{Dtype, Error, Options};
+use crate::{Calibration, Dtype, Error, Options};
 
 /// `MatMulNBits` computes in f32: the one level that gives the same tokens on every device.
 const ACCURACY_LEVEL: i64 = 1;
 /// Bytes that are made before they are written: few enough to be in the cache still.
 const BATCH: usize = 1 << 20;
+/// Rows that a thread quantises at a time.
+const ROWS: usize = 16;
 /// Columns that are transposed at a time: as many BF16 values as a cache line holds.
 const COLUMNS: usize = 32;
 
@@ -74,6 +76,7 @@ pub struct Writer<'a> {
     weights: &'a Weights,
     dtype: Dtype,
     schemes: Schemes,
+    calibration: Option<&'a Calibration>,
     /// Bytes of the embedding, of linear layers, of all else.
     pub sizes: [u64; 3],
 }
@@ -109,9 +112,10 @@ impl<'a> Writer<'a> {
         weights: &'a Weights,
         width: usize,
         options: Options,
+        calibration: Option<&'a Calibration>,
     ) -> Result<Self, Error> {
         let schemes = Schemes::new(width, options)?;
-        Ok(Self { b, weights, dtype: options.dtype, schemes, sizes: [0; 3] })
+        Ok(Self { b, weights, dtype: options.dtype, schemes, calibration, sizes: [0; 3] })
     }
 
     /// The type that layers compute in.
@@ -287,6 +291,11 @@ impl<'a> Writer<'a> {
         let (n, k) = (matrix.n, matrix.k);
         let (blocks, zeros_width) = (scheme.blocks(k), scheme.zeros_width(k));
         let width = blocks * scheme.width();
+        // Tensors one below the other are multiplied with the same.
+        let seen = match self.calibration {
+            Some(calibration) => calibration.of(matrix.name())?,
+            None => None,
+        };
         let place = self.b.begin(name, UINT8, dims, (n * width) as u64)?;
         let (mut scales, mut zeros) = (vec![0f32; n * blocks], vec![0u8; n * zeros_width]);
         let batch = (BATCH / width).clamp(1, n);
@@ -297,16 +306,18 @@ impl<'a> Writer<'a> {
             levels.resize(scales.len() / blocks * width, 0);
             let quantise = || {
                 levels
-                    .par_chunks_mut(width)
-                    .zip(scales.par_chunks_mut(blocks))
-                    .zip(zeros.par_chunks_mut(zeros_width))
+                    .par_chunks_mut(ROWS * width)
+                    .zip(scales.par_chunks_mut(ROWS * blocks))
+                    .zip(zeros.par_chunks_mut(ROWS * zeros_width))
                     .enumerate()
-                    .with_min_len(16)
                     .try_for_each_init(
-                        || vec![0f32; k],
-                        |values, (row, ((levels, scales), zeros))| {
-                            matrix.read(i * batch + row, 0, values)?;
-                            scheme.row(values, levels, scales, zeros);
+                        || vec![0f32; ROWS * k],
+                        |values, (at, ((levels, scales), zeros))| {
+                            let values = &mut values[..scales.len() / blocks * k];
+                            for (row, values) in values.chunks_exact_mut(k).enumerate() {
+                                matrix.read(i * batch + at * ROWS + row, 0, values)?;
+                            }
+                            scheme.rows(seen.as_ref(), k, values, levels, scales, zeros);
                             Ok::<_, Error>(())
                         },
                     )

@@ -8,6 +8,7 @@
 //! Dimensions: T tokens, C hidden size, H query heads, G key and value heads, D head size, R
 //! dimensions of a head that its position turns, V vocabulary.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use checkpoint::Error;
@@ -42,18 +43,82 @@ pub fn logits(
     ids: &[u32],
     of: Range<usize>,
 ) -> Result<Vec<f32>, Error> {
-    Model { config, source, tokens: ids.len() }.logits(ids, of)
+    let model = Model { config, source, begins: vec![0; ids.len()], see: None };
+    model.logits(ids, of)
 }
+
+/// Shows `see` what the model's matrices are multiplied with when it reads `rows`, which do not see
+/// each other: a checkpoint's name for the matrix, and its input \[T, in\] over the tokens of all
+/// rows. A name may come more than once, with the same input. `progress` is told how many layers of
+/// how many are done.
+pub fn inputs(
+    config: &Config,
+    source: &dyn Source,
+    rows: &[&[u32]],
+    see: See,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<(), Error> {
+    let mut begins = Vec::new();
+    for row in rows {
+        begins.extend(std::iter::repeat_n(begins.len(), row.len()));
+    }
+    let model = Model { config, source, begins, see: Some(RefCell::new(see)) };
+    let mut x = model.layers(&rows.concat(), progress)?;
+    model.norm(names::NORM, &mut x)?;
+    model.show(head(config), &x);
+    Ok(())
+}
+
+/// XᵀX / T of \[T, in\]: \[in, in\].
+pub fn products(x: &[f32], columns: usize) -> Vec<f32> {
+    let tokens = x.len() / columns;
+    let mut turned = vec![0.0; x.len()];
+    turned.par_chunks_exact_mut(tokens).enumerate().for_each(|(column, turned)| {
+        for (to, x) in turned.iter_mut().zip(x.chunks_exact(columns)) {
+            *to = x[column];
+        }
+    });
+    let read = |rows: Range<usize>, out: &mut Vec<f32>| {
+        out.clear();
+        out.extend_from_slice(&turned[rows.start * tokens..rows.end * tokens]);
+        Ok::<_, std::convert::Infallible>(())
+    };
+    let Ok(mut products) = product::product(0..columns, &turned, read);
+    products.iter_mut().for_each(|product| *product /= tokens as f32);
+    products
+}
+
+/// The matrix that gives logits.
+fn head(config: &Config) -> &'static str {
+    if config.tied { names::EMBED } else { names::LM_HEAD }
+}
+
+/// Whoever is told of a matrix and its input.
+pub type See<'a> = &'a mut dyn FnMut(&str, &[f32]);
 
 struct Model<'a> {
     config: &'a Config,
     source: &'a dyn Source,
-    /// T
-    tokens: usize,
+    /// For each of T tokens, where its row begins.
+    begins: Vec<usize>,
+    see: Option<RefCell<See<'a>>>,
 }
 
 impl Model<'_> {
     fn logits(&self, ids: &[u32], of: Range<usize>) -> Result<Vec<f32>, Error> {
+        let c = self.config;
+        let mut x = self.layers(ids, &mut |_, _| ())?;
+        let last = &mut x[of.start * c.hidden_size..of.end * c.hidden_size];
+        self.norm(names::NORM, last)?;
+        self.product(head(c), 0..c.vocab_size, last)
+    }
+
+    /// What comes out of the last layer: [T, C].
+    fn layers(
+        &self,
+        ids: &[u32],
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Vec<f32>, Error> {
         let c = self.config;
         let mut x = Vec::new(); // [T, C]
         let mut row = Vec::new();
@@ -65,16 +130,14 @@ impl Model<'_> {
             let scale = (c.hidden_size as f32).sqrt();
             x.iter_mut().for_each(|x| *x *= scale);
         }
-        let angles = Angles::new(c, c.rope_theta, self.tokens);
-        let near = c.rope_theta_near.map(|theta| Angles::new(c, theta, self.tokens));
+        let angles = Angles::new(c, c.rope_theta, &self.begins);
+        let near = c.rope_theta_near.map(|theta| Angles::new(c, theta, &self.begins));
         for i in 0..c.num_layers {
             let near = near.as_ref().filter(|_| c.windows[i].is_some());
             self.layer(i, &mut x, near.unwrap_or(&angles))?;
+            progress(i + 1, c.num_layers);
         }
-        let last = &mut x[of.start * c.hidden_size..of.end * c.hidden_size];
-        self.norm(names::NORM, last)?;
-        let head = if c.tied { names::EMBED } else { names::LM_HEAD };
-        self.product(head, 0..c.vocab_size, last)
+        Ok(x)
     }
 
     /// x += attention(norm(x)); x += mlp(norm(x)): [T, C]. Gemma's norms stand after, too.
@@ -128,13 +191,14 @@ impl Model<'_> {
         }
         let scale = (c.query_scale as f32).powf(-0.5);
         let window = c.windows[i].unwrap_or(usize::MAX);
-        let mut out = vec![0.0; self.tokens * heads * d]; // [T, H, D]
+        let begins = &self.begins;
+        let mut out = vec![0.0; begins.len() * heads * d]; // [T, H, D]
         out.par_chunks_mut(heads * d).enumerate().for_each(|(t, out)| {
-            let keys = (t + 1).saturating_sub(window)..t + 1;
+            let keys = begins[t].max((t + 1).saturating_sub(window))..t + 1;
             for (h, out) in out.chunks_exact_mut(d).enumerate() {
                 let group = h * groups / heads;
                 let of = |all: &[f32], s: usize| -> Range<usize> {
-                    let from = s * (all.len() / self.tokens) + group * d;
+                    let from = s * (all.len() / begins.len()) + group * d;
                     from..from + d
                 };
                 let q = &q[(t * heads + h) * d..][..d];
@@ -178,7 +242,9 @@ impl Model<'_> {
         rows: Range<usize>,
         x: &[f32],
     ) -> Result<Vec<f32>, Error> {
-        let mut y = self.product(&names::layer(i, part), rows.clone(), x)?;
+        let name = names::layer(i, part);
+        self.show(&name, x);
+        let mut y = self.product(&name, rows.clone(), x)?;
         if names::has_bias(self.config, part) {
             let mut bias = Vec::new();
             self.source.rows(&names::bias(i, part), 0..1, &mut bias)?;
@@ -187,6 +253,12 @@ impl Model<'_> {
             }
         }
         Ok(y)
+    }
+
+    fn show(&self, name: &str, x: &[f32]) {
+        if let Some(see) = &self.see {
+            (see.borrow_mut())(name, x);
+        }
     }
 
     /// x · Wᵀ for some rows of W: [n, in] → [n, rows].
@@ -228,14 +300,17 @@ struct Angles {
 }
 
 impl Angles {
-    fn new(config: &Config, theta: f64, tokens: usize) -> Self {
+    /// LongRope's factors are those of the longest row.
+    fn new(config: &Config, theta: f64, begins: &[usize]) -> Self {
         let rotary = config.rotary(theta);
+        let positions = || begins.iter().enumerate().map(|(t, begin)| t - begin);
+        let longest = positions().max().map_or(0, |last| last + 1);
         let frequencies = match rotary.short {
-            Some((short, most)) if tokens <= most => short,
+            Some((short, most)) if longest <= most => short,
             _ => rotary.frequencies,
         };
         let of = |function: fn(f32) -> f32| -> Vec<f32> {
-            let angles = (0..tokens).flat_map(|t| frequencies.iter().map(move |f| t as f32 * f));
+            let angles = positions().flat_map(|p| frequencies.iter().map(move |f| p as f32 * f));
             angles.map(|angle| function(angle) * rotary.factor).collect()
         };
         Self { cos: of(f32::cos), sin: of(f32::sin), pairs: frequencies.len() }

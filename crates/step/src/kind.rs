@@ -21,7 +21,7 @@ pub enum Kind {
     Adapter,
     /// A Transformers.js model folder.
     OnnxModel,
-    /// A folder with one GGUF file.
+    /// A folder with one GGUF file, the Modelfile that Ollama imports it by, and its licence.
     GgufModel,
     /// Measurements: `eval.json` and `eval.md`.
     Metrics,

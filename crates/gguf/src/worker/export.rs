@@ -22,6 +22,7 @@ use crate::encode::{self, Wrong};
 use crate::format::{Info, Type, Writer};
 use crate::keys;
 use crate::mix::Mix;
+use crate::modelfile;
 use crate::parity;
 use crate::report;
 use crate::tensors::{self, Tensor};
@@ -47,7 +48,8 @@ pub fn run(job: &Job) -> Result<()> {
     let name = model_name(dir)?;
     let mut keys = keys::model(&config, &tokenizer.name(&name), params.quant)?;
     keys.extend(tokenizer.keys);
-    let path = job.out().join(format!("{name}-{}.gguf", params.quant.name()));
+    let file = format!("{name}-{}.gguf", params.quant.name());
+    let path = job.out().join(&file);
     let factors = tensors::factors(&config);
     let infos = factors.iter().map(|(info, _)| info).chain(tensors.iter().map(|t| &t.info));
     let mut writer = Writer::create(&path, &keys, infos.cloned().collect())?;
@@ -82,8 +84,10 @@ pub fn run(job: &Job) -> Result<()> {
     writer.write(&ready)?;
     let bytes = writer.finish()?;
 
+    checkpoint::copy_legal(dir, job.out()).map_err(Failure::from)?;
     let mut notes = keys::notes(&config);
     notes.extend(tokenizer.notes);
+    notes.extend(modelfile::write(dir, job.out(), &file, &keys)?);
     if params.parity {
         let check = || parity::check(&path, dir, &config, &weights, &tensors, params.quant);
         let (agreement, unreached) = threads.install(check)?;

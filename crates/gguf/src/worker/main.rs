@@ -9,6 +9,7 @@ mod export;
 mod format;
 mod keys;
 mod mix;
+mod modelfile;
 mod parity;
 mod read;
 mod report;

@@ -261,6 +261,12 @@ fn what_is_written_reads_back() {
     ] {
         assert_eq!(file.keys.get(key), Some(&value), "{key}");
     }
+    let modelfile = std::fs::read_to_string(path.with_file_name("Modelfile")).unwrap();
+    let begins = "FROM ./model-F16.gguf\nTEMPLATE \"\"\"{{ range .Messages }}{{ if eq .Role \"system\" \
+        }}<|im_start|>system\n{{ .Content }}<|im_end|>\n{{ else if eq";
+    let ends = "{{ end }}{{ end }}<|im_start|>assistant\n\"\"\"\nPARAMETER stop \"<|im_end|>\"\n\
+        PARAMETER stop \"<|im_start|>\"\nPARAMETER num_ctx 256\n";
+    assert!(modelfile.starts_with(begins) && modelfile.ends_with(ends), "{modelfile}");
     let format::Value::Texts(tokens) = &file.keys["tokenizer.ggml.tokens"] else { panic!() };
     let format::Value::I32s(types) = &file.keys["tokenizer.ggml.token_type"] else { panic!() };
     assert_eq!((tokens.len(), types.len()), (288, 288));

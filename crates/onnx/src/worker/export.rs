@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use step::Failure;
 use step::worker::{Job, Progress};
 
-use crate::parity;
+use crate::{calibration, parity};
 
 pub fn run(job: &Job) -> Result<()> {
     let params: Export = job.params()?;
@@ -29,7 +29,9 @@ pub fn run(job: &Job) -> Result<()> {
 
     let onnx = job.out().join("onnx");
     std::fs::create_dir(&onnx).with_context(|| format!("cannot create {}", onnx.display()))?;
-    let written = graph::write(model, &onnx, options, &mut |done, total| {
+    let seen = calibration::run(job, &config, max_positions)?;
+    let seen = seen.as_ref();
+    let written = graph::write_for(model, &onnx, options, seen, &mut |done, total| {
         job.progress(Progress {
             phase: format!("writing {}", params.dtype.name()),
             done: done as u64,
@@ -48,7 +50,7 @@ pub fn run(job: &Job) -> Result<()> {
     write_genai_config(job.out(), &config, &graph_name, max_positions, &ends)?;
 
     if params.parity {
-        parity::check(job, &config, options)?;
+        parity::check(job, &config, options, seen)?;
     }
 
     let Sizes { embedding, linear, other } = written.sizes;
@@ -101,7 +103,7 @@ pub(crate) fn options(params: &Export, config: &Config) -> graph::Options {
         block: params.block_size as usize,
         symmetric: params.symmetric,
         head_bits: params.head_bits,
-        search: params.quality == Quality::Searched,
+        search: params.quality != Quality::Nearest,
     };
     let max_positions = config.max_positions.min(params.max_positions as usize);
     graph::Options { dtype, quantisation, max_positions, chunk: graph::CHUNK }
@@ -236,6 +238,17 @@ pub(crate) mod tests {
 
     /// A job that exports `model` to the folder `out` in `dir`.
     pub(crate) fn job(dir: &Path, model: &Path, params: Value, out: &str) -> Job {
+        job_of(dir, &[("model", Kind::Model, model)], params, out, 1)
+    }
+
+    /// A job with these inputs and so many threads.
+    pub(crate) fn job_of(
+        dir: &Path,
+        inputs: &[(&str, Kind, &Path)],
+        params: Value,
+        out: &str,
+        threads: usize,
+    ) -> Job {
         let folder = |name: &str| {
             let path = dir.join(name);
             std::fs::create_dir_all(&path).unwrap();
@@ -243,23 +256,23 @@ pub(crate) mod tests {
         };
         let library = std::env::var_os("ORT_DYLIB_PATH")
             .expect("ORT_DYLIB_PATH: libonnxruntime, or the folder that it lies in");
-        let input = Input {
-            label: "merged".into(),
-            kind: Kind::Model,
-            path: model.into(),
-            origin: "merged".into(),
-        };
+        let inputs = inputs.iter().map(|(name, kind, path)| {
+            let path = path.to_path_buf();
+            let input =
+                Input { label: "merged".into(), kind: *kind, path, origin: "merged".into() };
+            (name.to_string(), vec![input])
+        });
         let request = Request {
             format: 1,
             step: "onnx/export".into(),
             mode: Mode::Build,
             params,
-            inputs: BTreeMap::from([("model".into(), vec![input])]),
+            inputs: inputs.collect(),
             out: folder(out),
             report: folder("report"),
             scratch: folder("scratch"),
             tools: BTreeMap::from([("onnxruntime".into(), library.into())]),
-            threads: 1,
+            threads,
         };
         Job::new(request, std::io::sink())
     }

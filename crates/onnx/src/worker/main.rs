@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+mod calibration;
 mod export;
 mod parity;
 

@@ -8,7 +8,7 @@ use std::ops::Range;
 use anyhow::Result;
 use checkpoint::config::Config;
 use checkpoint::weights::Weights;
-use graph::{Dtype, Meant};
+use graph::{Calibration, Dtype, Meant};
 use reference::{Agreement, Probe, Source};
 use runtime::{Model, Runtime};
 use step::Failure;
@@ -19,8 +19,13 @@ use step::worker::Job;
 const ALONE: usize = 2;
 
 /// Holds the folder in `job.out()` to the model that it was made of.
-pub fn check(job: &Job, config: &Config, options: graph::Options) -> Result<()> {
-    let Found { whole, rounded } = compare(job, config, options)?;
+pub fn check(
+    job: &Job,
+    config: &Config,
+    options: graph::Options,
+    seen: Option<&Calibration>,
+) -> Result<()> {
+    let Found { whole, rounded } = compare(job, config, options, seen)?;
     job.metric("kl", whole.kl);
     job.metric("top1_agreement", whole.top1);
     let most = most(options.dtype);
@@ -51,7 +56,12 @@ struct Found {
     rounded: Agreement,
 }
 
-fn compare(job: &Job, config: &Config, options: graph::Options) -> Result<Found> {
+fn compare(
+    job: &Job,
+    config: &Config,
+    options: graph::Options,
+    seen: Option<&Calibration>,
+) -> Result<Found> {
     let dir = &job.input("model")?.path;
     let readable = Config { max_positions: options.max_positions, ..config.clone() };
     let Probe { ids, of, notes } = Probe::new(dir, &readable);
@@ -75,8 +85,8 @@ fn compare(job: &Job, config: &Config, options: graph::Options) -> Result<Found>
     let rounded = match options.dtype {
         Dtype::Fp32 => whole,
         _ => {
-            let meant = Meant::new(&weights, config.hidden_size, options).map_err(Failure::from)?;
-            agreement(&Rounded(meant))?
+            let meant = Meant::new(&weights, config.hidden_size, options, seen);
+            agreement(&Rounded(meant.map_err(Failure::from)?))?
         }
     };
     Ok(Found { whole, rounded })
@@ -100,7 +110,7 @@ const fn most(dtype: Dtype) -> f64 {
     }
 }
 
-struct Rounded<'a>(Meant<'a>);
+pub(crate) struct Rounded<'a>(pub Meant<'a>);
 
 impl Source for Rounded<'_> {
     fn rows(
@@ -144,7 +154,7 @@ mod tests {
                 run(&job).unwrap();
                 let config = Config::read(&golden(architecture)).unwrap();
                 let options = options(&job.params().unwrap(), &config);
-                let found = compare(&job, &config, options).unwrap();
+                let found = compare(&job, &config, options, None).unwrap();
                 // Ten times less than what the gate lets through.
                 let most = most(options.dtype) / 10.0;
                 assert!(found.rounded.kl < most, "{architecture} {dtype}: {:?}", found.rounded);
@@ -180,7 +190,7 @@ mod tests {
 
     fn checked(job: &Job) -> Result<()> {
         let config = Config::read(&job.input("model")?.path)?;
-        check(job, &config, options(&job.params()?, &config))
+        check(job, &config, options(&job.params()?, &config), None)
     }
 
     #[test]
