@@ -116,7 +116,7 @@ await run('publish', async () => {
   check('the distribution serves the folder', cloud.origin === `/${PREFIX}` && cloud.root === 'index.html');
   check('its policy has the three isolation headers', cloud.added.length === 4, JSON.stringify(cloud.added));
   const more = { distribution: made.distribution, url: cloud.url };
-  const task = { publish: { dry_run: false, provenance: null } };
+  const task = { publish: { dry_run: false, documents: {} } };
   const first = await s3(task, more);
   check(`publish sends the site and finds it whole (${first.new.length} objects, ${first.bytes_sent} bytes)`,
     first.new.length > 20 && first.check.wrong.length === 0, JSON.stringify(first.check.wrong));

@@ -150,9 +150,9 @@ pub enum Command {
         #[command(flatten)]
         documents: Documents,
     },
-    /// A release as CI makes it: restore, make what is stale and cheap, verify, tell.
+    /// A release as CI makes it: restore, make what is stale and cheap, verify, publish, check.
     ///
-    /// In GitHub Actions the steps are groups of the log, and sizes and figures beside those of the last
+    /// What is published is named as a target, `demo/publish`: the sites that go there are built. In GitHub Actions the steps are groups of the log, and sizes and figures beside those of the last
     /// release stand in the run's summary.
     Ci {
         #[command(flatten)]

@@ -47,7 +47,7 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Release { targets, documents } => {
             let engine = open(&root)?;
             let graph = resolve(&engine, &targets)?;
-            let release = release::write(&engine, &graph, &documents)?;
+            let release = release::write(&engine, &graph, &documents, None)?;
             release.print(json);
         }
         Command::Ci { targets, train, documents } => {

@@ -8,7 +8,7 @@ mod figures;
 mod provenance;
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
@@ -89,20 +89,17 @@ pub fn collect(engine: &Engine, graph: &Graph) -> anyhow::Result<Vec<Made>> {
     Ok(all)
 }
 
-/// Writes `provenance.intoto.jsonl`, `bom.cdx.json`, `release.json` and `release.md` into `dir`.
-/// Returns the figures that stand in the last two.
-pub fn write(made: &[Made], before: Option<&Figures>, dir: &Path) -> anyhow::Result<Figures> {
-    fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+/// What stands beside a release, by file name: provenance, bill of materials, and figures beside
+/// those before.
+pub fn documents(made: &[Made], before: Option<&Figures>) -> BTreeMap<String, String> {
     let figures = Figures::of(made);
-    let put = |name: &str, text: String| {
-        let path = dir.join(name);
-        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
-    };
-    put("provenance.intoto.jsonl", provenance::statements(made))?;
-    put("bom.cdx.json", format!("{:#}\n", bill::of(made)))?;
-    put(Figures::FILE, figures.to_json())?;
-    put("release.md", figures.to_markdown(before))?;
-    Ok(figures)
+    let all = [
+        ("provenance.intoto.jsonl", provenance::statements(made)),
+        ("bom.cdx.json", format!("{:#}\n", bill::of(made))),
+        (publish::FIGURES, figures.to_json()),
+        ("release.md", figures.to_markdown(before)),
+    ];
+    all.map(|(name, text)| (name.to_string(), text)).into()
 }
 
 fn architecture(engine: &Engine, tree: &Tree) -> Option<String> {

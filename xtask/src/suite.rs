@@ -28,6 +28,8 @@ pub enum Stage {
     Browser,
     /// The page published to a stand-in for AWS, checked, and opened as CloudFront would serve it.
     Publish,
+    /// The demo as Nix packages: built in Nix's sandbox, to the same bytes.
+    Nix,
 }
 
 /// Packages whose real work is behind features: features by package, tools needed to compile them.
@@ -126,6 +128,7 @@ fn run_stage(sh: &Shell, root: &Path, stage: Stage) -> anyhow::Result<()> {
             cmd!(sh, "bash tests/browser/run.sh").run()?;
         }
         Stage::Publish => cmd!(sh, "bash tests/publish/run.sh").run()?,
+        Stage::Nix => cmd!(sh, "bash tests/nix/run.sh").run()?,
     }
     Ok(())
 }

@@ -109,8 +109,9 @@ impl Copy {
 
 impl Drop for Copy {
     fn drop(&mut self) {
-        // The store's folders are read-only.
-        let _ = Command::new("chmod").arg("-R").arg("u+w").arg(self.path()).status();
+        // The store's folders are read-only. Its files stay so: they are those of the real store.
+        let folders = ["-type", "d", "-exec", "chmod", "u+w", "{}", "+"];
+        let _ = Command::new("find").arg(self.path()).args(folders).status();
     }
 }
 

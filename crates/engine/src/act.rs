@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 use step::worker::{self, Mode, Request};
-use step::{ActionResult, Failure, action};
+use step::{Failure, action};
 
 use crate::capacity::threads_here;
 use crate::process::{self, Said};
@@ -88,11 +88,5 @@ impl Engine {
         let answer = answer.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         Ok(answer
             .ok_or_else(|| Failure::bug(format!("{step}: its worker wrote no answer.json")))?)
-    }
-
-    /// How each target of the graph was made, as it was built last.
-    pub fn chain(&self, graph: &crate::Graph) -> Vec<(TargetId, ActionResult)> {
-        let made = graph.nodes.iter().filter(|node| !node.def.acts);
-        made.filter_map(|node| Some((node.id.clone(), self.last(&node.id)?))).collect()
     }
 }

@@ -3,8 +3,9 @@
 //! The light half: where to, and what can be asked of it. What is published is a release as
 //! `crates/release` describes it.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use step::{Family, StepDef};
 
 pub mod s3;
@@ -15,6 +16,9 @@ pub static FAMILY: Family =
 /// The name by which the worker is asked to look at a live site: a target it is not.
 pub const CHECK: &str = "publish/check";
 
+/// The document with which the next release is compared.
+pub const FIGURES: &str = "release.json";
+
 /// What can be asked of a target.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -23,10 +27,10 @@ pub enum Task {
     Publish {
         /// Only tell what would be done.
         dry_run: bool,
-        /// How the site was made: kept beside the release.
-        provenance: Value,
+        /// What is kept beside the release, such as its provenance: names and texts.
+        documents: BTreeMap<String, String>,
     },
-    /// Which releases are there.
+    /// Which releases are there, and the figures ([`FIGURES`]) of the current.
     Releases,
     /// Makes an earlier release what visitors get: this one, or that before the current.
     Rollback { release: Option<String> },

@@ -92,8 +92,7 @@ fn a_second_fine_tune_sends_only_what_changed() {
 fn a_dry_run_writes_nothing_and_tells_all() {
     let world = World::new();
     let first = site(&[("models/a", "weights")]);
-    let told =
-        world.ask(&first, json!({"publish": {"dry_run": true, "provenance": null}})).unwrap();
+    let told = world.ask(&first, json!({"publish": {"dry_run": true, "documents": {}}})).unwrap();
     assert_eq!(told["new"].as_array().unwrap().len(), told["files"].as_u64().unwrap() as usize);
     assert!(told["headers"].to_string().contains("Cross-Origin-Embedder-Policy"));
     assert_eq!(world.names(), [""; 0]);

@@ -53,7 +53,7 @@ struct Pin {
 #[serde(deny_unknown_fields)]
 struct File {
     version: u32,
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     target: BTreeMap<String, Pin>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     results: BTreeMap<String, PinnedResult>,

@@ -9,6 +9,7 @@ use anyhow::Context;
 use engine::{Engine, Node, Options};
 use step::Failure;
 
+use super::publish::Place;
 use super::{build, release, resolve, scrub};
 use crate::cli::{Documents, Targets};
 
@@ -18,9 +19,10 @@ pub fn run(
     train: bool,
     documents: &Documents,
 ) -> anyhow::Result<ExitCode> {
+    let (places, targets) = apart(engine, targets)?;
     let refuse = (!train).then_some(training as fn(&Node) -> Option<Failure>);
     let options = Options { refuse, ..Options::default() };
-    let built = stage("build", || build(engine, targets, options, false))?;
+    let built = stage("build", || build(engine, &targets, options, false))?;
     if built != ExitCode::SUCCESS {
         return Ok(built);
     }
@@ -29,14 +31,41 @@ pub fn run(
         return Ok(sound);
     }
     let written = stage("release", || {
-        let written = release::write(engine, &resolve(engine, targets)?, documents)?;
+        let published = places.first().map(|place| place.figures(engine)).transpose()?.flatten();
+        let graph = resolve(engine, &targets)?;
+        let written = release::write(engine, &graph, documents, published)?;
         written.print(false);
         Ok(written)
     })?;
     if let Some(summary) = std::env::var_os("GITHUB_STEP_SUMMARY") {
         annotate(Path::new(&summary), &written.folder.join("release.md"))?;
     }
+    for place in places {
+        let published =
+            stage("publish", || place.publish(engine, written.documents.clone(), false, false))?;
+        if published != ExitCode::SUCCESS {
+            return Ok(published);
+        }
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Where to publish, of all that was asked for; and what to build, the sites that go there among it.
+fn apart(engine: &Engine, targets: &Targets) -> anyhow::Result<(Vec<Place>, Targets)> {
+    let ids = engine.resolver().expand(&targets.words())?;
+    let graph = engine.resolver().graph(&ids)?;
+    let mut places = Vec::new();
+    let mut built = Targets { targets: Vec::new() };
+    for id in ids {
+        if graph.get(&id).is_some_and(|node| node.def.acts) {
+            let place = Place::of(engine, &id.to_string())?;
+            built.targets.extend(place.sites().targets);
+            places.push(place);
+        } else {
+            built.targets.push(id.to_string());
+        }
+    }
+    Ok((places, built))
 }
 
 /// Hours of a machine that has no GPU, most often by mistake: a key that changed, a cache not reached.

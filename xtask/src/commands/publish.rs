@@ -1,17 +1,19 @@
 //! `publish`: a site goes out, an earlier one comes back, a live one is looked at.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use engine::{Engine, Errand, Graph, Node, Options, TargetId};
 use publish::{CHECK, Check, Task};
-use serde_json::{Value, json};
+use serde_json::Value;
 use step::Failure;
-use step::worker::Act;
+use step::worker::{self, Act};
 
 use super::resolve;
 use crate::cli::{Publish, Targets};
 use crate::display::{Display, Table, bytes};
 use crate::error;
+use crate::release::{self, Figures};
 
 pub fn run(
     engine: &Engine,
@@ -25,46 +27,105 @@ pub fn run(
         Some(Publish::Releases { target }) => (target, Task::Releases),
         Some(Publish::Rollback { target, release }) => (target, Task::Rollback { release }),
         Some(Publish::Setup { target }) => (target, Task::Setup),
-        None => (target.to_string(), Task::Publish { dry_run, provenance: Value::Null }),
-    };
-    let graph = resolve(engine, &Targets { targets: vec![target] })?;
-    let node = graph.nodes.last().expect("a graph holds what it was asked for");
-    if !node.def.acts {
-        let hint = "name a table with `step = \"publish/s3\"`";
-        let message = format!("{} is no place to publish to: `{}`", node.id, node.def.name);
-        return Err(Failure::input(message).hint(hint).into());
-    }
-    let mut inputs = Default::default();
-    let mut task = task;
-    if let Task::Publish { provenance, .. } = &mut task {
-        let words = node.targets().map(ToString::to_string).collect();
-        let sites = Targets { targets: words };
-        let built = super::build(engine, &sites, Options::default(), json)?;
-        if built != ExitCode::SUCCESS {
-            return Ok(built);
+        None => {
+            let place = Place::of(engine, target)?;
+            let built = super::build(engine, &place.sites(), Options::default(), json)?;
+            if built != ExitCode::SUCCESS {
+                return Ok(built);
+            }
+            let made = release::collect(engine, &resolve(engine, &place.sites())?)?;
+            let documents = release::documents(&made, place.figures(engine)?.as_ref());
+            return place.publish(engine, documents, dry_run, json);
         }
-        inputs = engine.inputs_of(node)?;
-        *provenance = chain(engine, &graph, node);
-    }
-    let act = Act { target: node.params.clone(), task: serde_json::to_value(&task)? };
-    let mut display = Display::new(json, &graph);
-    let errand = Errand { target: &node.id, step: node.def.name, act, inputs };
-    let told = engine.act(errand, &mut |event| display.event(&event));
-    display.clear();
-    let told = told?;
+    };
+    let told = Place::of(engine, &target)?.act(engine, &task, Inputs::new(), json)?;
     if json {
         println!("{told}");
     } else {
         match task {
-            Task::Publish { .. } => published(&told),
-            Task::Releases => releases(&told),
             Task::Rollback { .. } => {
                 println!("{} is what {} gives again", text(&told, "release"), text(&told, "place"));
             }
             Task::Setup => set_up(&told),
+            Task::Releases | Task::Publish { .. } => releases(&told),
         }
     }
-    Ok(if told["check"].is_object() { judged(&told["check"], json) } else { ExitCode::SUCCESS })
+    Ok(looked_at(&told, json))
+}
+
+type Inputs = BTreeMap<String, Vec<worker::Input>>;
+
+/// A target that is published to.
+pub struct Place {
+    graph: Graph,
+}
+
+impl Place {
+    pub fn of(engine: &Engine, target: &str) -> anyhow::Result<Self> {
+        let graph = resolve(engine, &Targets { targets: vec![target.into()] })?;
+        let place = Self { graph };
+        let node = place.node();
+        if !node.def.acts {
+            let hint = "name a table with `step = \"publish/s3\"`";
+            let message = format!("{} is no place to publish to: `{}`", node.id, node.def.name);
+            return Err(Failure::input(message).hint(hint).into());
+        }
+        Ok(place)
+    }
+
+    fn node(&self) -> &Node {
+        self.graph.nodes.last().expect("a graph holds what it was asked for")
+    }
+
+    /// What goes out there.
+    pub fn sites(&self) -> Targets {
+        Targets { targets: self.node().targets().map(ToString::to_string).collect() }
+    }
+
+    /// Those of the release that is there now, if it has any.
+    pub fn figures(&self, engine: &Engine) -> anyhow::Result<Option<Figures>> {
+        let mut told = self.act(engine, &Task::Releases, Inputs::new(), true)?;
+        Ok(serde_json::from_value(told["figures"].take())?)
+    }
+
+    /// Hands out what was built.
+    pub fn publish(
+        &self,
+        engine: &Engine,
+        documents: BTreeMap<String, String>,
+        dry_run: bool,
+        json: bool,
+    ) -> anyhow::Result<ExitCode> {
+        let inputs = engine.inputs_of(self.node())?;
+        let told = self.act(engine, &Task::Publish { dry_run, documents }, inputs, json)?;
+        if json {
+            println!("{told}");
+        } else {
+            published(&told);
+        }
+        Ok(looked_at(&told, json))
+    }
+
+    fn act(
+        &self,
+        engine: &Engine,
+        task: &Task,
+        inputs: Inputs,
+        json: bool,
+    ) -> anyhow::Result<Value> {
+        let node = self.node();
+        let act = Act { target: node.params.clone(), task: serde_json::to_value(task)? };
+        let mut display = Display::new(json, &self.graph);
+        let errand = Errand { target: &node.id, step: node.def.name, act, inputs };
+        let told = engine.act(errand, &mut |event| display.event(&event));
+        display.clear();
+        Ok(told?)
+    }
+}
+
+/// What the look at the live site came to, if there was one.
+fn looked_at(told: &Value, json: bool) -> ExitCode {
+    if told["check"].is_object() { judged(&told["check"], json) } else { ExitCode::SUCCESS }
 }
 
 fn check(engine: &Engine, url: String, json: bool) -> anyhow::Result<ExitCode> {
@@ -84,17 +145,6 @@ fn check(engine: &Engine, url: String, json: bool) -> anyhow::Result<ExitCode> {
         println!("{told}");
     }
     Ok(judged(&told, json))
-}
-
-/// How a site was made: each target's action and output, so that whoever has the store, or another,
-/// can say what went into it.
-fn chain(engine: &Engine, graph: &Graph, node: &Node) -> Value {
-    let chain = engine.chain(graph);
-    let commit = chain.last().and_then(|(_, result)| result.provenance.git_commit.clone());
-    let rows = chain.iter().map(|(id, result)| {
-        json!({"target": id, "step": result.step, "action": result.key, "output": result.output})
-    });
-    json!({"format": 1, "target": node.id, "commit": commit, "chain": rows.collect::<Vec<_>>()})
 }
 
 fn text<'a>(value: &'a Value, key: &str) -> &'a str {

@@ -1,7 +1,10 @@
 //! `release`: the documents of what was built.
 
+use std::collections::BTreeMap;
+use std::fs;
 use std::path::PathBuf;
 
+use anyhow::Context;
 use engine::{Engine, Graph};
 use serde_json::json;
 use step::Failure;
@@ -12,24 +15,38 @@ use crate::release::{self, Figures};
 /// What was written.
 pub struct Release {
     pub folder: PathBuf,
+    pub documents: BTreeMap<String, String>,
     figures: Figures,
     before: Option<Figures>,
 }
 
-pub fn write(engine: &Engine, graph: &Graph, documents: &Documents) -> anyhow::Result<Release> {
+/// Writes the documents of `graph` beside the figures that were asked for, or those that are
+/// `published`, or those in the folder.
+pub fn write(
+    engine: &Engine,
+    graph: &Graph,
+    asked: &Documents,
+    published: Option<Figures>,
+) -> anyhow::Result<Release> {
     let made = release::collect(engine, graph)?;
-    let folder = match &documents.out {
+    let folder = match &asked.out {
         Some(folder) => folder.clone(),
         None => folder(engine, graph)?,
     };
-    let last = folder.join(Figures::FILE);
-    let before = match &documents.against {
-        Some(path) => Some(Figures::read(path)?),
-        None if last.exists() => Some(Figures::read(&last)?),
-        None => None,
+    let last = folder.join(publish::FIGURES);
+    let before = match (&asked.against, published) {
+        (Some(path), _) => Some(Figures::read(path)?),
+        (None, Some(published)) => Some(published),
+        (None, None) if last.exists() => Some(Figures::read(&last)?),
+        (None, None) => None,
     };
-    let figures = release::write(&made, before.as_ref(), &folder)?;
-    Ok(Release { folder, figures, before })
+    let documents = release::documents(&made, before.as_ref());
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    for (name, text) in &documents {
+        let path = folder.join(name);
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(Release { folder, documents, figures: Figures::of(&made), before })
 }
 
 impl Release {

@@ -30,7 +30,6 @@ struct Figure {
 }
 
 impl Figures {
-    pub const FILE: &str = "release.json";
     const FORMAT: u32 = 1;
 
     pub fn of(made: &[Made]) -> Self {
@@ -206,7 +205,7 @@ mod tests {
     #[test]
     fn figures_come_back_as_they_were_written() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(Figures::FILE);
+        let path = dir.path().join(publish::FIGURES);
         let written = figures(&[("d/a", "1", 1000, 0.1)]);
         fs::write(&path, written.to_json()).unwrap();
         assert_eq!(Figures::read(&path).unwrap(), written);

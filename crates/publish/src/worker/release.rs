@@ -1,5 +1,6 @@
 //! The objects that a release consists of: which file goes under which name, compressed or not.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,6 @@ use anyhow::Context;
 use flate2::{Compression, GzBuilder};
 use release::{File, Manifest, headers, manifest};
 use s3::{Bucket, Condition, Put};
-use serde_json::Value;
 use step::worker::{Job, Progress};
 use step::{Failure, canonical};
 use tokio::task::JoinSet;
@@ -28,6 +28,8 @@ pub struct Upload {
     pub name: String,
     pub file: File,
     from: From,
+    /// What another put there first stays: a document tells of whoever published it.
+    first_stays: bool,
 }
 
 enum From {
@@ -44,7 +46,11 @@ impl Upload {
 }
 
 /// What a release consists of: first what it names, then its own files, the manifest last.
-pub fn uploads(site: &Path, release: &Manifest, provenance: &Value) -> Vec<Upload> {
+pub fn uploads(
+    site: &Path,
+    release: &Manifest,
+    documents: &BTreeMap<String, String>,
+) -> Vec<Upload> {
     let below = |file: &str| manifest::path(&release.release, file);
     let mut uploads: Vec<Upload> = release
         .hashed()
@@ -52,6 +58,7 @@ pub fn uploads(site: &Path, release: &Manifest, provenance: &Value) -> Vec<Uploa
             name: file.path.clone(),
             file: file.clone(),
             from: From::File(site.join(&file.path)),
+            first_stays: false,
         })
         .collect();
     // What a rollback writes in place again.
@@ -59,16 +66,15 @@ pub fn uploads(site: &Path, release: &Manifest, provenance: &Value) -> Vec<Uploa
         let name = below(&file.path);
         let cache = headers::cache_control(&name).into();
         let from = From::File(site.join(&file.path));
-        Upload { file: File { cache, ..file.clone() }, from, name }
+        Upload { file: File { cache, ..file.clone() }, from, name, first_stays: false }
     }));
-    for (name, bytes) in [
-        ("provenance.json", canonical::to_vec(provenance)),
-        ("manifest.json", canonical::to_vec(release)),
-    ] {
+    let own = |name: &str, bytes: Vec<u8>, first_stays| {
         let name = below(name);
         let file = File::of_bytes(&name, &bytes);
-        uploads.push(Upload { name, file, from: From::Bytes(bytes) });
-    }
+        Upload { name, file, from: From::Bytes(bytes), first_stays }
+    };
+    uploads.extend(documents.iter().map(|(name, text)| own(name, text.clone().into(), true)));
+    uploads.push(own("manifest.json", canonical::to_vec(release), false));
     uploads
 }
 
@@ -101,8 +107,7 @@ pub async fn send(
         let bucket = bucket.clone();
         wait(&mut travelling, &mut |_| {}).await?;
         travelling.spawn(async move {
-            // The provenance of a release is that of whoever published it first.
-            if upload.name.ends_with("/provenance.json") {
+            if upload.first_stays {
                 return Ok(0);
             }
             let there = bucket.head(&upload.name).await?;
@@ -182,7 +187,7 @@ async fn one(
             bucket.put(&upload.name, bytes.clone().into(), &put).await?
         }
     };
-    if !written.is_now() && !upload.name.ends_with("/provenance.json") {
+    if !written.is_now() && !upload.first_stays {
         let there = bucket.head(&upload.name).await?;
         let gone = || Failure::environment(format!("{} comes and goes", upload.name));
         settled(bucket.location(), &upload.name, &upload.file.blake3, &there.ok_or_else(gone)?)?;

@@ -9,7 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use ::release::{INDEX, Manifest, headers, manifest};
 use anyhow::Context;
-use publish::{Check, Task, s3::S3};
+use publish::{Check, FIGURES, Task, s3::S3};
 use s3::{Bucket, Bytes, Condition, Location, Object, Put, Settings};
 use serde_json::{Value, json};
 use step::worker::{Act, Job};
@@ -38,7 +38,7 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
         let bucket = Bucket::open(&location, &settings(&target)).await?;
         let place = Place { job, target: &target, bucket };
         anyhow::Ok(match task {
-            Task::Publish { dry_run, provenance } => place.publish(dry_run, &provenance).await?,
+            Task::Publish { dry_run, documents } => place.publish(dry_run, &documents).await?,
             Task::Rollback { release } => place.rollback(release).await?,
             Task::Releases => (place.releases().await?, None),
             Task::Setup => unreachable!("it was done above"),
@@ -75,7 +75,7 @@ impl Place<'_> {
     async fn publish(
         &self,
         dry_run: bool,
-        provenance: &Value,
+        documents: &BTreeMap<String, String>,
     ) -> anyhow::Result<(Value, Option<String>)> {
         let site = self.job.input("site")?;
         let manifest = Manifest::read(&site.path)?;
@@ -90,7 +90,7 @@ impl Place<'_> {
         }
         let current = self.current().await?;
         let there = self.listed(&["assets/", "models/", "vendor/", "releases/"]).await?;
-        let uploads = release::uploads(&site.path, &manifest, provenance);
+        let uploads = release::uploads(&site.path, &manifest, documents);
         let (kept, new): (Vec<_>, Vec<_>) =
             uploads.into_iter().partition(|upload| there.contains_key(&upload.name));
         let bytes = |uploads: &[Upload]| uploads.iter().map(|u| u.file.bytes).sum::<u64>();
@@ -133,7 +133,16 @@ impl Place<'_> {
     async fn releases(&self) -> anyhow::Result<Value> {
         let current = self.current().await?.map(|current| current.release);
         let rows = self.history().await?;
-        Ok(json!({"place": self.bucket.location(), "current": current, "releases": rows}))
+        let figures = match &current {
+            Some(release) => self.bucket.get(&manifest::path(release, FIGURES), SMALL).await?,
+            None => None,
+        };
+        let figures: Option<Value> =
+            figures.map(|(_, bytes)| serde_json::from_slice(&bytes)).transpose()?;
+        Ok(json!({
+            "place": self.bucket.location(), "current": current, "releases": rows,
+            "figures": figures,
+        }))
     }
 
     async fn rollback(&self, wanted: Option<String>) -> anyhow::Result<(Value, Option<String>)> {

@@ -120,7 +120,7 @@ impl World {
 }
 
 fn publishing() -> Value {
-    json!({"publish": {"dry_run": false, "provenance": {"format": 1}}})
+    json!({"publish": {"dry_run": false, "documents": {"release.json": "{\"format\": 1}"}}})
 }
 
 fn target(endpoint: &str, prefix: &str) -> Value {
