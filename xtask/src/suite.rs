@@ -49,10 +49,10 @@ const WORKERS: &[(&[&str], &[&str])] = &[
         &["onnxruntime", "cmake", "libclang"],
     ),
     (&["site/worker"], &[]),
-    (&["publish/worker"], &[]),
     (&["command/worker"], &[]),
     (&["serve/worker"], &[]),
-    (&["s3/testing"], &[]),
+    // The AWS SDK is compiled once for both.
+    (&["s3/testing", "publish/worker"], &[]),
 ];
 
 pub fn run(root: &Path, stages: &[Stage]) -> anyhow::Result<ExitCode> {

@@ -224,3 +224,64 @@ pub fn amend(config: &mut DistributionConfig, wanted: &Wanted) -> Result<Vec<Str
     set("origin access control", &mut origin.origin_access_control_id, &wanted.access_control);
     Ok(changed)
 }
+
+#[cfg(test)]
+mod tests {
+    use aws_sdk_cloudfront::types::{CacheBehavior, CacheBehaviors};
+
+    use super::*;
+
+    fn wanted() -> Wanted {
+        Wanted {
+            comment: "anneal my-site/".into(),
+            domain: "my-site.s3.eu-central-1.amazonaws.com".into(),
+            path: String::new(),
+            access_control: "E1".into(),
+            headers_policy: "policy-1".into(),
+        }
+    }
+
+    #[test]
+    fn every_behaviour_sends_the_headers() {
+        let mut config = new_distribution(&wanted()).unwrap();
+        assert_eq!(amend(&mut config, &wanted()).unwrap(), [""; 0], "made as it should be");
+        let api = CacheBehavior::builder()
+            .path_pattern("/assets/*")
+            .target_origin_id(ORIGIN)
+            .viewer_protocol_policy(ViewerProtocolPolicy::HttpsOnly)
+            .build()
+            .unwrap();
+        config.cache_behaviors =
+            Some(CacheBehaviors::builder().quantity(1).items(api).build().unwrap());
+        config.default_cache_behavior.as_mut().unwrap().response_headers_policy_id = None;
+        let changed = amend(&mut config, &wanted()).unwrap();
+        assert_eq!(changed, ["headers of all paths", "headers of /assets/*"]);
+        let behaviours = config.cache_behaviors().unwrap().items();
+        assert_eq!(behaviours[0].response_headers_policy_id(), Some("policy-1"));
+        // What we did not ask for stays.
+        assert_eq!(behaviours[0].viewer_protocol_policy(), &ViewerProtocolPolicy::HttpsOnly);
+    }
+
+    #[test]
+    fn the_distribution_of_another_site_is_left_alone() {
+        let mut config = new_distribution(&wanted()).unwrap();
+        let other = Wanted { domain: "other.s3.amazonaws.com".into(), ..wanted() };
+        let refused = amend(&mut config, &other).unwrap_err();
+        assert!(refused.message.contains("another site would be lost"), "{refused}");
+    }
+
+    #[test]
+    fn the_policy_is_the_table_of_headers() {
+        let policy = headers_policy("anneal-my-site");
+        let custom = policy.custom_headers_config().unwrap().items();
+        let ours = headers::ALWAYS.iter().filter(|(name, _)| *name != NOSNIFF);
+        let ours: Vec<_> = ours.map(|(name, value)| (*name, *value, true)).collect();
+        let custom: Vec<_> =
+            custom.iter().map(|h| (h.header(), h.value(), h.r#override())).collect();
+        assert_eq!(custom, ours);
+        let mut other = policy.clone();
+        assert!(sends_the_same(&policy, &other));
+        other.security_headers_config = None;
+        assert!(!sends_the_same(&policy, &other));
+    }
+}
