@@ -52,7 +52,7 @@ const WORKERS: &[(&[&str], &[&str])] = &[
     (&["publish/worker"], &[]),
     (&["command/worker"], &[]),
     (&["serve/worker"], &[]),
-    (&["s3/testing"], &[]),
+    (&["s3/testing", "cache/testing"], &[]),
 ];
 
 pub fn run(root: &Path, stages: &[Stage]) -> anyhow::Result<ExitCode> {
