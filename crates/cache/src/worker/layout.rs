@@ -1,7 +1,7 @@
 //! What lies where in the bucket, and what a result says of its files.
 //!
 //! ```text
-//! v1/chunks/ab/<64 hex>        at most 16 MiB, named by their BLAKE3: pieces of files, packs of small files
+//! v1/chunks/ab/<64 hex>        at most 8 MiB, named by their BLAKE3: pieces of files, packs of small files
 //! v1/results/ab/<key>.json     signed: an action's result, and from which chunks each of its files is made
 //! v1/leases/<key>.json         who runs an action now
 //! ```

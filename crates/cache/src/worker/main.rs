@@ -23,8 +23,8 @@ use tokio::task::JoinSet;
 
 use signature::{Secret, Trusted};
 
-/// How many chunks of at most 16 MiB may be in memory.
-const IN_MEMORY: usize = 5;
+/// How many chunks of at most 8 MiB may be in memory.
+const IN_MEMORY: usize = 6;
 
 /// The cache, and what this process knows of it.
 struct Remote {

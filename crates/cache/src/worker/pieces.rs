@@ -9,7 +9,7 @@ use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
 
 /// No piece is larger: so much of a file is in memory at once for each that travels.
-pub const LARGEST: u64 = 16 << 20;
+pub const LARGEST: u64 = 8 << 20;
 /// Smaller ones are put together.
 pub const SMALL: u64 = 256 << 10;
 /// A header that is longer is none.
@@ -170,7 +170,7 @@ fn merged(cuts: &[u64], size: u64) -> Vec<Range<u64>> {
 /// Cuts that a change in the middle of a file moves around itself only (FastCDC).
 fn by_content(mut file: &File, size: u64) -> std::io::Result<Vec<Range<u64>>> {
     file.seek(SeekFrom::Start(0))?;
-    let largest = usize::try_from(LARGEST).expect("16 MiB fit");
+    let largest = usize::try_from(LARGEST).expect("8 MiB fit");
     let chunks = fastcdc::v2020::StreamCDC::new(file, largest / 16, largest / 4, largest);
     let mut pieces = Vec::new();
     for chunk in chunks {
@@ -237,7 +237,7 @@ mod tests {
             pieces.iter().map(of).collect()
         };
         let (one, two) = (digests(&one, &both[0]), digests(&two, &both[1]));
-        for part in [&shared[..16 << 20], &shared[16 << 20..]] {
+        for part in shared.chunks(LARGEST as usize) {
             assert!(one.contains(&blake3::hash(part)) && two.contains(&blake3::hash(part)));
         }
     }
