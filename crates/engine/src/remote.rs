@@ -148,6 +148,8 @@ impl Connection {
         let mut command = Command::new(worker);
         // Ctrl-C is for us: the worker ends with its input, when it has given its leases back.
         command.process_group(0).envs(&remote.env);
+        // With glibc: a piece's memory goes back to the system and is not kept for the next thread's.
+        command.env("MALLOC_MMAP_THRESHOLD_", "1048576");
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn().map_err(cannot("start", worker))?;
         let mut input = child.stdin.take().expect("standard input is piped");
