@@ -21,6 +21,9 @@ pub struct Cli {
     /// The workspace, when it is not the current folder or above it.
     #[arg(long, global = true, value_name = "DIR", env = "ANNEAL_WORKSPACE")]
     pub workspace: Option<PathBuf>,
+    /// Ask no shared cache.
+    #[arg(long, global = true)]
+    pub offline: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -132,6 +135,20 @@ pub enum Command {
         /// Only tell what would go.
         #[arg(long)]
         dry_run: bool,
+    },
+    /// The shared cache: results of other machines, signed.
+    ///
+    /// `[workspace.metadata.anneal]` of Cargo.toml names it: `remote = "s3://bucket/prefix"`,
+    /// `trusted = ["ci:<public key>"]`, and at need `remote-endpoint`, `remote-region`,
+    /// `remote-path-style = true`, `remote-mode = "read"` or `"read-write"`. The variables
+    /// ANNEAL_REMOTE, ANNEAL_REMOTE_ENDPOINT, _REGION, _PATH_STYLE and _MODE say otherwise. Where
+    /// neither names a mode, CI writes if it can sign, and all others read. Credentials are found as
+    /// other AWS programs find them. Results are signed by the key in the file that
+    /// ANNEAL_SIGNING_KEY_FILE names, or in ANNEAL_SIGNING_KEY itself.
+    #[command(verbatim_doc_comment)]
+    Cache {
+        #[command(subcommand)]
+        what: Cache,
     },
     /// What is there, what is missing, and how to get it.
     Doctor,
@@ -279,6 +296,25 @@ pub enum GraphFormat {
     Mermaid,
     /// One page that needs nothing else.
     Html,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Cache {
+    /// Give it what is made here.
+    Push(Targets),
+    /// Take from it what it has, and make nothing.
+    Pull(Targets),
+    /// What is in it, and what this machine may do with it.
+    Status,
+    /// Make a key to sign results by: a file for who signs, a line for Cargo.toml.
+    Keygen {
+        /// Who signs: `ci`.
+        #[arg(default_value = "ci")]
+        name: String,
+        /// Where the secret half goes.
+        #[arg(long, default_value = "anneal-signing.key")]
+        file: PathBuf,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,5 +1,6 @@
 //! One function a command.
 
+mod cache;
 mod ci;
 mod diff;
 mod doctor;
@@ -28,6 +29,7 @@ use crate::{bench, error, scaffold, schema, signals, suite};
 pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let root = workspace(cli.workspace.as_deref())?;
     let json = cli.json;
+    let open = |root: &Path| open(root, cli.offline);
     match cli.command {
         Command::New { what: New::Step { name } } => scaffold::step(&root, &name)?,
         Command::New { what: New::Recipe { name } } => scaffold::recipe(&root, &name)?,
@@ -78,13 +80,15 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             let newer = Duration::from_secs(days * 24 * 3600);
             gc(&open(&root)?, Keep { newer, max_size }, dry_run, json)?;
         }
+        Command::Cache { what } => return cache::run(open(&root)?, what, json),
         Command::Doctor => return doctor::run(&root, json),
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn open(root: &Path) -> anyhow::Result<Engine> {
-    Ok(Engine::open(root, REGISTRY)?)
+fn open(root: &Path, offline: bool) -> anyhow::Result<Engine> {
+    let engine = Engine::open(root, REGISTRY)?;
+    Ok(if offline { engine.offline() } else { engine })
 }
 
 /// The folder with `recipes` in it: the current one or above.

@@ -28,6 +28,8 @@ pub struct Display {
     /// What moves now, by who it is: a target, a family being compiled, a tool.
     moving: BTreeMap<String, Moving>,
     compiled: usize,
+    /// Bytes that came from the shared cache.
+    fetched: u64,
 }
 
 struct Moving {
@@ -47,7 +49,7 @@ impl Display {
             Mode::Plain { last: Instant::now() }
         };
         let width = graph.nodes.iter().map(|n| n.id.to_string().chars().count()).max();
-        Self { mode, width: width.unwrap_or(0), moving: BTreeMap::new(), compiled: 0 }
+        Self { mode, width: width.unwrap_or(0), moving: BTreeMap::new(), compiled: 0, fetched: 0 }
     }
 
     pub fn event(&mut self, event: &Event) {
@@ -81,6 +83,32 @@ impl Display {
             Event::Waiting { target, holder } => {
                 let text = format!("waits for {}, which makes the same", holder_name(holder));
                 self.moving(&target.to_string(), &text);
+            }
+            Event::Held { target, holder } => {
+                self.line(
+                    &target.to_string(),
+                    &format!("waits for {holder}, which makes the same"),
+                );
+                self.moving(&target.to_string(), "waits");
+            }
+            Event::Fetched { target, transferred, .. } => {
+                let who = target.to_string();
+                self.still(&who);
+                self.fetched += transferred;
+                self.line(&who, &format!("fetched, {}", bytes(*transferred)));
+            }
+            Event::Shared { target, transferred, shared, .. } => {
+                let who = target.to_string();
+                self.still(&who);
+                let shared = match shared {
+                    0 => String::new(),
+                    there => format!(", {} were there", bytes(*there)),
+                };
+                self.line(&who, &format!("shared, {}{shared}", bytes(*transferred)));
+            }
+            Event::Warning { failure } => {
+                self.line("warning:", &failure.message);
+                failure.hint.iter().for_each(|hint| self.line("", &format!("hint: {hint}")));
             }
             Event::Started { target, reason, .. } => {
                 self.line(&target.to_string(), &reason.to_string());
@@ -125,27 +153,31 @@ impl Display {
         self.clear();
         let Outcome { built, failed, lost } = outcome;
         let ran = built.iter().filter(|b| b.ran).count();
+        let fetched = built.iter().filter(|b| b.fetched.is_some()).count();
         if let Mode::Json = self.mode {
-            let cached = built.len() - ran;
+            let cached = built.len() - ran - fetched;
             let (failed, lost) = (failed.len(), lost.len());
-            let done = json!({"event": "done", "made": ran, "cached": cached, "failed": failed, "lost": lost});
+            let done = json!({"event": "done", "made": ran, "fetched": fetched, "cached": cached, "failed": failed, "lost": lost});
             println!("{done}");
             return;
         }
-        if ran == 0 && failed.is_empty() {
+        if ran == 0 && fetched == 0 && failed.is_empty() {
             println!("{}", up_to_date(built.len() + resting));
             return;
         }
         // Of many targets, only those that something happened to.
         const MANY: usize = 40;
         let mut table = Table::new(["target", "", "time", "cpu", "size", "figures"]);
-        for one in built.iter().filter(|one| one.ran || built.len() <= MANY) {
+        for one in
+            built.iter().filter(|one| one.ran || one.fetched.is_some() || built.len() <= MANY)
+        {
             let Some(result) = engine.result(one.key) else { continue };
             let p = &result.provenance;
             let (state, wall, cpu) = if one.ran {
                 ("made", seconds(p.wall_seconds), seconds(p.cpu_seconds))
             } else {
-                ("cached", String::new(), String::new())
+                let state = if one.fetched.is_some() { "fetched" } else { "cached" };
+                (state, String::new(), String::new())
             };
             table.row([
                 one.id.to_string(),
@@ -169,10 +201,14 @@ impl Display {
         if let Some(last) = built.last() {
             let link = engine.link(&last.id);
             let link = link.strip_prefix(engine.root()).unwrap_or(&link);
+            let fetched_too = match fetched {
+                0 => String::new(),
+                n => format!("{n} fetched ({}), ", bytes(self.fetched)),
+            };
             println!(
-                "\n{} made, {} cached; {} is in {}",
+                "\n{} made, {fetched_too}{} cached; {} is in {}",
                 ran,
-                built.len() + resting - ran,
+                built.len() + resting - ran - fetched,
                 last.id,
                 link.display()
             );
@@ -288,6 +324,18 @@ fn to_json(event: &Event) -> Option<serde_json::Value> {
         Event::Waiting { target, holder } => {
             json!({"event": "waiting", "target": target, "holder": holder_name(holder)})
         }
+        Event::Held { target, holder } => {
+            json!({"event": "held", "target": target, "holder": holder})
+        }
+        Event::Fetched { target, key, output, transferred } => json!({
+            "event": "fetched", "target": target, "key": key, "output": output,
+            "transferred": transferred,
+        }),
+        Event::Shared { target, key, transferred, shared } => json!({
+            "event": "shared", "target": target, "key": key, "transferred": transferred,
+            "shared": shared,
+        }),
+        Event::Warning { failure } => json!({"event": "warning", "failure": failure}),
         Event::Started { target, key, reason } => {
             json!({"event": "started", "target": target, "key": key, "reason": reason})
         }

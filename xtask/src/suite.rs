@@ -51,8 +51,8 @@ const WORKERS: &[(&[&str], &[&str])] = &[
     (&["site/worker"], &[]),
     (&["command/worker"], &[]),
     (&["serve/worker"], &[]),
-    // The AWS SDK is compiled once for both.
-    (&["s3/testing", "publish/worker"], &[]),
+    // The AWS SDK is compiled once for all three.
+    (&["s3/testing", "cache/testing", "publish/worker"], &[]),
 ];
 
 pub fn run(root: &Path, stages: &[Stage]) -> anyhow::Result<ExitCode> {

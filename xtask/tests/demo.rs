@@ -50,6 +50,25 @@ struct Copy {
 
 impl Copy {
     fn new() -> Self {
+        let copy = Self::of_sources();
+        let (store, to) = (root().join("artifacts/v1"), copy.path().join("artifacts/v1"));
+        fs::create_dir_all(&to).unwrap();
+        for entry in fs::read_dir(&store).unwrap() {
+            let name = entry.unwrap().file_name();
+            if name == "tools" {
+                // The very folder: libtorch is not compiled against again for another path of it.
+                std::os::unix::fs::symlink(store.join(&name), to.join(&name)).unwrap();
+            } else {
+                let mut link = Command::new("cp");
+                link.arg("-al").arg(store.join(&name)).arg(&to);
+                said_in(link, root());
+            }
+        }
+        copy
+    }
+
+    /// Without anything that was made.
+    fn of_sources() -> Self {
         let from = built();
         // Beside the target folder: hard links do not leave a file system.
         let dir = tempfile::tempdir_in(from.join("target")).unwrap();
@@ -61,19 +80,6 @@ impl Copy {
             if from.exists() {
                 fs::create_dir_all(to.parent().unwrap()).unwrap();
                 fs::copy(from, to).unwrap();
-            }
-        }
-        let (store, copy) = (from.join("artifacts/v1"), dir.path().join("artifacts/v1"));
-        fs::create_dir(&copy).unwrap();
-        for entry in fs::read_dir(&store).unwrap() {
-            let name = entry.unwrap().file_name();
-            if name == "tools" {
-                // The very folder: libtorch is not compiled against again for another path of it.
-                std::os::unix::fs::symlink(store.join(&name), copy.join(&name)).unwrap();
-            } else {
-                let mut link = Command::new("cp");
-                link.arg("-al").arg(store.join(&name)).arg(&copy);
-                said_in(link, from);
             }
         }
         Self { dir }
@@ -187,6 +193,59 @@ fn a_broken_line_is_named_where_nobody_said_to_skip_it() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("held-out.jsonl:601"), "{said}");
     assert!(said.contains("hint:"), "{said}");
+}
+
+/// Everything that one checkout made, in the store of another through a shared cache: no step runs,
+/// no tool is fetched.
+#[test]
+fn a_second_checkout_fetches_everything() {
+    let mut compile = Command::new("cargo");
+    // As the stage of the workers has compiled it.
+    compile
+        .args(["build", "--quiet", "--release", "--package", "s3", "--package", "cache"])
+        .args(["--features", "s3/testing,cache/testing", "--bin", "s3-test-server"])
+        .env("CARGO_TARGET_DIR", root().join("target"));
+    said_in(compile, root());
+    let mut serve = Command::new(root().join("target/release/s3-test-server"));
+    let mut server = serve.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let at: Value = serde_json::from_str(&line).unwrap();
+    let (first, second) = (Copy::new(), Copy::of_sources());
+    let key = first.path().join("signing.key");
+    let with_cache = |workspace: &Path, args: &[&str]| {
+        let mut command = xtask(workspace, args);
+        command.env("AWS_ACCESS_KEY_ID", at["id"].as_str().unwrap());
+        command.env("AWS_SECRET_ACCESS_KEY", at["secret"].as_str().unwrap());
+        command.env("ANNEAL_REMOTE_ENDPOINT", at["endpoint"].as_str().unwrap());
+        command.env("ANNEAL_SIGNING_KEY_FILE", &key).env("ANNEAL_REMOTE_PATH_STYLE", "1");
+        said(command)
+    };
+    let file = key.to_str().unwrap();
+    let made = with_cache(first.path(), &["--json", "cache", "keygen", "ci", "--file", file]);
+    let made: Value = serde_json::from_str(&made).unwrap();
+    let public = made["public"].as_str().unwrap();
+    for copy in [&first, &second] {
+        copy.edit("Cargo.toml", |text| {
+            let head = "[workspace.metadata.anneal]\n";
+            let remote = format!("{head}remote = \"s3://bucket/demo\"\ntrusted = [\"{public}\"]\n");
+            text.replace(head, &remote)
+        });
+    }
+    with_cache(first.path(), &["cache", "push"]);
+    // Compiles what speaks to the cache, if need be, before the clock runs.
+    with_cache(second.path(), &["cache", "status"]);
+    let clock = std::time::Instant::now();
+    let lines = with_cache(second.path(), &["--json", "build"]);
+    let took = clock.elapsed();
+    let done: Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
+    assert_eq!((done["made"].as_u64(), done["fetched"].as_u64()), (Some(0), Some(16)), "{done}");
+    assert!(took.as_secs() < 10, "{took:?}");
+    let tools = second.path().join("artifacts/v1/tools");
+    assert_eq!(fs::read_dir(tools).unwrap().count(), 0, "a tool was fetched");
+    assert_eq!(said(xtask(second.path(), &["--offline", "build"])), "up to date: 16 targets\n");
+    server.kill().unwrap();
+    server.wait().unwrap();
 }
 
 /// The engine dies in the middle of training; the next build goes on from the last checkpoint, and

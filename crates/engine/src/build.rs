@@ -5,12 +5,14 @@
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, mpsc};
 
 use step::{ActionKey, ActionResult, Failure, Known, Needs, TreeDigest};
 
 use crate::capacity::{self, memory_here, threads_here};
 use crate::plan::{Ready, Stale};
+use crate::remote::Leave;
 use crate::resolve::{Graph, Node};
 use crate::schedule::{Machine, Schedule, Share};
 use crate::target::TargetId;
@@ -28,6 +30,8 @@ pub struct Options {
     pub words: Vec<String>,
     /// Says why a stale step may not run here: nothing is trained in CI unasked.
     pub refuse: Option<fn(&Node) -> Option<Failure>>,
+    /// Take what the store or the shared cache has, and make nothing.
+    pub only_fetch: bool,
 }
 
 /// What a build came to.
@@ -85,6 +89,8 @@ pub struct Built {
     pub output: TreeDigest,
     /// Whether it ran now, or was found.
     pub ran: bool,
+    /// Bytes that came for it, if it was found in the shared cache.
+    pub fetched: Option<u64>,
 }
 
 /// A stale target in line, by its place in the graph.
@@ -93,6 +99,8 @@ struct Waiting {
     ready: Ready,
     stale: Stale,
     share: Share,
+    /// Why it cannot run on this machine.
+    too_large: Option<Failure>,
 }
 
 /// What the thread of a step sends.
@@ -101,7 +109,16 @@ enum Sent {
     Freed(Share),
     /// The step at this place has ended, and holds this no longer.
     Ended(usize, Result<Built, Error>, Share),
+    /// It came from the shared cache.
+    Fetched(usize, Result<Built, Error>),
+    /// It is not in the shared cache, or nobody makes it any more: it is to run here.
+    Missed(Waiting),
+    /// Another machine runs it, and it holds this no longer.
+    Held(Waiting, Share),
 }
+
+/// How many results are asked for in the shared cache at once.
+const FETCHES: usize = 16;
 
 /// What a step's worker holds of the machine.
 pub(crate) struct Slot {
@@ -130,7 +147,14 @@ impl Slot {
 
 enum Looked {
     Found(Built),
-    Stale(Box<Ready>, Stale, Share),
+    Stale(Box<Ready>, Stale, Share, Option<Failure>),
+}
+
+/// What came of a target that was to run.
+enum Made {
+    Built(Built),
+    /// Another machine runs it.
+    Elsewhere,
 }
 
 impl Engine {
@@ -159,24 +183,32 @@ impl Engine {
         let mut schedule = Schedule::new(graph);
         let mut outputs = BTreeMap::new();
         let mut outcome = Outcome::default();
+        let wait_no_more = &AtomicBool::new(false);
         std::thread::scope(|scope| {
             let (sender, receiver) = mpsc::channel();
             // Whoever is first in line is started first.
             let mut line: VecDeque<Waiting> = VecDeque::new();
-            let mut running = 0;
+            // Those that the shared cache is to be asked for, and those that another machine runs.
+            let mut asked: VecDeque<Waiting> = VecDeque::new();
+            let (mut running, mut fetching) = (0, 0);
             loop {
                 let going_on = outcome.failed.is_empty() || options.keep_going;
                 while let Some(place) = schedule.next().filter(|_| going_on) {
                     let node = &graph.nodes[place];
                     let found = match self.look(node, &facts[&node.id].0, &outputs, &tell) {
-                        Ok(Looked::Stale(ready, stale, share)) => {
-                            match options.refuse.and_then(|refuse| refuse(node)) {
-                                Some(refused) => Err(refused.into()),
+                        Ok(Looked::Stale(ready, stale, share, too_large)) => {
+                            let (ready, share) = (*ready, machine.limit(share));
+                            let waiting = Waiting { place, ready, stale, share, too_large };
+                            if self.has_remote(&tell) {
+                                asked.push_back(waiting);
+                                continue;
+                            }
+                            match refused(node, &waiting, &options) {
                                 None => {
-                                    let share = machine.limit(share);
-                                    line.push_back(Waiting { place, ready: *ready, stale, share });
+                                    line.push_back(waiting);
                                     continue;
                                 }
+                                Some(refused) => Err(refused),
                             }
                         }
                         Ok(Looked::Found(built)) => Ok(built),
@@ -190,9 +222,27 @@ impl Engine {
                 }
                 if !going_on {
                     line.clear();
+                    asked.clear();
+                    wait_no_more.store(true, Ordering::Relaxed);
+                }
+                while fetching < FETCHES
+                    && let Some(next) = asked.pop_front()
+                {
+                    fetching += 1;
+                    let (sender, tell) = (sender.clone(), &tell);
+                    scope.spawn(move || {
+                        let node = &graph.nodes[next.place];
+                        let place = next.place;
+                        let sent = caught(node, || self.fetch(node, &next.ready, tell));
+                        let _ = sender.send(match sent {
+                            Ok(Some(built)) => Sent::Fetched(place, Ok(built)),
+                            Ok(None) => Sent::Missed(next),
+                            Err(error) => Sent::Fetched(place, Err(error)),
+                        });
+                    });
                 }
                 while let Some(next) = line.pop_front_if(|next| machine.has(next.share)) {
-                    let Waiting { place, ready, stale, share } = next;
+                    let (place, share) = (next.place, next.share);
                     let node = &graph.nodes[place];
                     let inputs = node.targets().map(|id| (id.clone(), outputs[id])).collect();
                     let (sender, tell) = (sender.clone(), &tell);
@@ -204,16 +254,25 @@ impl Engine {
                         scope.spawn(|| self.commit());
                     }
                     scope.spawn(move || {
-                        let mut on = |event: Event<'_>| tell(event);
-                        let make = || self.make(node, &ready, &stale, &slot, &inputs, &mut on);
-                        let made = catch_unwind(AssertUnwindSafe(make)).unwrap_or_else(|_| {
-                            let message = format!("{}: a panic, with its message above", node.id);
-                            Err(Failure::bug(message).into())
-                        });
-                        let _ = sender.send(Sent::Ended(place, made, slot.held.get()));
+                        let make =
+                            || self.make(node, &next.ready, &next.stale, &slot, &inputs, tell);
+                        let (made, ran) = match caught(node, make) {
+                            Ok(Made::Built(built)) => {
+                                let ran = built.ran.then_some(built.key);
+                                (Ok(built), ran)
+                            }
+                            Ok(Made::Elsewhere) => {
+                                _ = sender.send(Sent::Held(next, slot.held.get()));
+                                return;
+                            }
+                            Err(error) => (Err(error), None),
+                        };
+                        _ = sender.send(Sent::Ended(place, made, slot.held.get()));
+                        // What hangs on it need not wait until others have it too.
+                        ran.into_iter().for_each(|key| self.give(&node.id, key, tell));
                     });
                 }
-                if running == 0 {
+                if running == 0 && fetching == 0 {
                     break;
                 }
                 let (place, made) = match receiver.recv().expect("a sender is kept") {
@@ -221,12 +280,52 @@ impl Engine {
                         machine.give_back(share);
                         continue;
                     }
+                    Sent::Missed(next) => {
+                        fetching -= 1;
+                        let node = &graph.nodes[next.place];
+                        match refused(node, &next, &options) {
+                            None => {
+                                line.push_back(next);
+                                continue;
+                            }
+                            Some(refused) => (next.place, Err(refused)),
+                        }
+                    }
+                    Sent::Held(next, share) => {
+                        machine.give_back(share);
+                        running -= 1;
+                        fetching += 1;
+                        let (sender, tell) = (sender.clone(), &tell);
+                        scope.spawn(move || {
+                            let node = &graph.nodes[next.place];
+                            let place = next.place;
+                            let key = next.ready.key;
+                            let stopped = || wait_no_more.load(Ordering::Relaxed);
+                            let waited = caught(node, || {
+                                let made = self.wait_for(&node.id, key, &stopped, tell);
+                                let take = |(result, transferred): (Box<ActionResult>, u64)| {
+                                    self.fetched(&node.id, &result, transferred, tell)
+                                };
+                                made.map(take).transpose()
+                            });
+                            let _ = sender.send(match waited {
+                                Ok(Some(built)) => Sent::Fetched(place, Ok(built)),
+                                Ok(None) => Sent::Missed(next),
+                                Err(error) => Sent::Fetched(place, Err(error)),
+                            });
+                        });
+                        continue;
+                    }
+                    Sent::Fetched(place, made) => {
+                        fetching -= 1;
+                        (place, made)
+                    }
                     Sent::Ended(place, made, share) => {
                         machine.give_back(share);
+                        running -= 1;
                         (place, made)
                     }
                 };
-                running -= 1;
                 let node = &graph.nodes[place];
                 let stopped = self.running.is_stopped();
                 if let Some(output) = outcome.ended(node, made, stopped, &tell) {
@@ -278,11 +377,10 @@ impl Engine {
                 let last = self.last(&node.id);
                 let stale = self.reason(&ready, last.as_ref(), lost);
                 let needs = (node.def.needs)(&node.params, known);
-                if let Some(how) = capacity::too_large(&needs) {
-                    return Err(Failure::input(format!("{}: {how}", node.id)).into());
-                }
+                let too_large = capacity::too_large(&needs);
+                let too_large = too_large.map(|how| Failure::input(format!("{}: {how}", node.id)));
                 let share = share(&needs, last.as_ref());
-                Ok(Looked::Stale(Box::new(ready), stale, share))
+                Ok(Looked::Stale(Box::new(ready), stale, share, too_large))
             }
         }
     }
@@ -295,25 +393,60 @@ impl Engine {
         stale: &Stale,
         slot: &Slot,
         outputs: &BTreeMap<TargetId, TreeDigest>,
-        on: &mut dyn FnMut(Event),
-    ) -> Result<Built, Error> {
+        tell: &dyn Fn(Event<'_>),
+    ) -> Result<Made, Error> {
+        let mut on = |event: Event<'_>| tell(event);
         let target = &node.id;
         let _guard = self.store.lock(ready.key, &mut |holder| {
             on(Event::Waiting { target, holder });
         })?;
         // Whoever held the lock may have made it meanwhile.
         if let Ok(result) = self.find(ready)? {
-            return self.found(target, result, on);
+            return self.found(target, result, on).map(Made::Built);
         }
-        let worker = self.worker(node, on)?;
-        on(Event::Started { target, key: ready.key, reason: stale });
-        let result = self.run(node, ready, &worker, slot, outputs, on)?;
-        let result = self.store.actions().record(&result)?;
-        self.store.clear_scratch(ready.key)?;
-        self.point(target, &result)?;
-        let size = self.store.tree(result.output)?.size();
-        on(Event::Finished { target, result: &result, size });
-        Ok(Built { id: target.clone(), key: result.key, output: result.output, ran: true })
+        match self.leave(target, ready.key, tell) {
+            Leave::Go => {}
+            Leave::Held => return Ok(Made::Elsewhere),
+            Leave::Made(result, transferred) => {
+                return self.fetched(target, &result, transferred, tell).map(Made::Built);
+            }
+        }
+        let mut run = || -> Result<ActionResult, Error> {
+            let worker = self.worker(node, &mut on)?;
+            on(Event::Started { target, key: ready.key, reason: stale });
+            let result = self.run(node, ready, &worker, slot, outputs, &mut on)?;
+            let result = self.store.actions().record(&result)?;
+            self.store.clear_scratch(ready.key)?;
+            self.point(target, &result)?;
+            let size = self.store.tree(result.output)?.size();
+            on(Event::Finished { target, result: &result, size });
+            Ok(result)
+        };
+        let ActionResult { key, output, .. } =
+            run().inspect_err(|_| self.release(target, ready.key, tell))?;
+        Ok(Made::Built(Built { id: target.clone(), key, output, ran: true, fetched: None }))
+    }
+
+    /// The target's result from the shared cache, unless another build of this store is faster.
+    fn fetch(
+        &self,
+        node: &Node,
+        ready: &Ready,
+        tell: &dyn Fn(Event<'_>),
+    ) -> Result<Option<Built>, Error> {
+        let target = &node.id;
+        let _guard = self.store.lock(ready.key, &mut |holder| {
+            tell(Event::Waiting { target, holder });
+        })?;
+        if let Ok(result) = self.find(ready)? {
+            return self.found(target, result, tell).map(Some);
+        }
+        match self.pull(target, ready.key, tell) {
+            Some((result, transferred)) => {
+                self.fetched(target, &result, transferred, tell).map(Some)
+            }
+            None => Ok(None),
+        }
     }
 
     fn found(
@@ -325,8 +458,27 @@ impl Engine {
         self.point(target, &result)?;
         let ActionResult { key, output, .. } = result;
         tell(Event::Cached { target, key, output });
-        Ok(Built { id: target.clone(), key, output, ran: false })
+        Ok(Built { id: target.clone(), key, output, ran: false, fetched: None })
     }
+}
+
+/// Why a target whose result is nowhere is not to run here.
+fn refused(node: &Node, waiting: &Waiting, options: &Options) -> Option<Error> {
+    let absent = || {
+        Failure::environment(format!("{}: the shared cache has no result for it", node.id))
+            .hint("build it, or let CI build it")
+    };
+    let too_large = || waiting.too_large.clone();
+    let asked = || options.refuse.and_then(|refuse| refuse(node));
+    options.only_fetch.then(absent).or_else(too_large).or_else(asked).map(Error::from)
+}
+
+/// What `work` comes to; a panic in it is a failure of the target's.
+fn caught<T>(node: &Node, work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        let message = format!("{}: a panic, with its message above", node.id);
+        Err(Failure::bug(message).into())
+    })
 }
 
 /// What a step takes of the machine: what it says of itself, or what it took last time.

@@ -36,6 +36,29 @@ pub enum Event<'a> {
         target: &'a TargetId,
         holder: &'a store::Holder,
     },
+    /// Another machine runs the same action; we wait for it.
+    Held {
+        target: &'a TargetId,
+        holder: &'a str,
+    },
+    /// The target's result was in the shared cache, from which so many bytes came.
+    Fetched {
+        target: &'a TargetId,
+        key: ActionKey,
+        output: TreeDigest,
+        transferred: u64,
+    },
+    /// The target's result went into the shared cache: so many bytes, and so many were there.
+    Shared {
+        target: &'a TargetId,
+        key: ActionKey,
+        transferred: u64,
+        shared: u64,
+    },
+    /// Something failed that the build can do without.
+    Warning {
+        failure: &'a step::Failure,
+    },
     Started {
         target: &'a TargetId,
         key: ActionKey,

@@ -204,15 +204,23 @@ impl Engine {
         if let Workers::Fixed(path) = &self.workers {
             return Ok(path.clone());
         }
+        self.compiled_worker(family.name, family.build_tools, on)
+    }
+
+    /// The worker of a package that is compiled with these tools.
+    pub(crate) fn compiled_worker(
+        &self,
+        family: &str,
+        tools: &[&str],
+        on: &mut dyn FnMut(Event),
+    ) -> Result<PathBuf, Error> {
         // Held while cargo runs: whoever needs the same worker waits for it here.
         let mut compiled = held(&self.compiled);
-        let build_tools = family.build_tools;
-        let family = family.name;
         if let Some(path) = compiled.get(family) {
             return Ok(path.clone());
         }
         let mut env = BTreeMap::new();
-        for tool in build_tools {
+        for tool in tools {
             env.extend(self.tool(tool, on)?.env);
         }
         let code = self.family_code(family)?;

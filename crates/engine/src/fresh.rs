@@ -258,6 +258,7 @@ impl Engine {
             key: target.key,
             output: target.output,
             ran: false,
+            fetched: None,
         })
     }
 }

@@ -66,11 +66,8 @@ impl Engine {
     /// Bytes, from the manifest of the workspace.
     fn max_size(&self) -> Result<Option<u64>, Failure> {
         let path = self.root().join("Cargo.toml");
-        let text = std::fs::read_to_string(&path).unwrap_or_default();
-        let manifest: toml::Table = text.parse().unwrap_or_default();
-        let setting =
-            (|| manifest.get("workspace")?.get("metadata")?.get("anneal")?.get("max-size"))();
-        let Some(setting) = setting else { return Ok(None) };
+        let metadata = crate::metadata(self.root());
+        let Some(setting) = metadata.get("max-size") else { return Ok(None) };
         setting.as_str().and_then(bytes).map(Some).ok_or_else(|| {
             Failure::input(format!("{}: max-size = {setting} is no size", path.display()))
                 .hint("write it as `50 GB`")

@@ -19,6 +19,7 @@ pub mod lock;
 pub mod nar;
 pub mod plan;
 mod process;
+pub mod remote;
 pub mod resolve;
 pub mod sandbox;
 mod schedule;
@@ -45,6 +46,7 @@ pub use event::Event;
 pub use fresh::Remembered;
 pub use plan::{Blocked, Plan, Planned, Stale, Status};
 pub use process::Running;
+pub use remote::Remote;
 pub use resolve::{DEFAULT_RECIPE, Graph, Input, Node, Origin, Registry, Resolver};
 pub use target::TargetId;
 
@@ -112,6 +114,7 @@ pub struct Engine {
     programs: Mutex<BTreeMap<String, String>>,
     remembered: Mutex<Option<fresh::Fresh>>,
     running: Arc<Running>,
+    remote: Mutex<remote::State>,
 }
 
 impl Engine {
@@ -130,6 +133,7 @@ impl Engine {
             programs: Mutex::default(),
             remembered: Mutex::default(),
             running: Arc::default(),
+            remote: Mutex::default(),
         })
     }
 
@@ -207,6 +211,14 @@ impl Engine {
     fn pointer(&self, id: &TargetId) -> PathBuf {
         self.store.root().join("targets").join(&id.recipe).join(format!("{}.json", id.target))
     }
+}
+
+/// `[workspace.metadata.anneal]` of the workspace's manifest; empty where there is none.
+fn metadata(root: &Path) -> toml::Table {
+    let text = std::fs::read_to_string(root.join("Cargo.toml")).unwrap_or_default();
+    let manifest: toml::Table = text.parse().unwrap_or_default();
+    let table = (|| manifest.get("workspace")?.get("metadata")?.get("anneal")?.as_table())();
+    table.cloned().unwrap_or_default()
 }
 
 /// What a lock holds, though another thread may have panicked with it: nothing that is kept behind

@@ -115,7 +115,8 @@ impl Bucket {
 
     /// A whole object in memory; `None` if there is none. One of more than `limit` bytes is refused.
     pub async fn get(&self, name: &str, limit: u64) -> Result<Option<(Object, Bytes)>, Failure> {
-        let mut all = Vec::new();
+        // Grown by doubling, it would be half empty when it is full.
+        let mut all = Vec::with_capacity(usize::try_from(limit).unwrap_or(usize::MAX).min(8 << 20));
         let found = self.fetch(name, None, |part| {
             if (all.len() + part.len()) as u64 > limit {
                 return Err(self.place().failure(name, "it is larger than it may be"));

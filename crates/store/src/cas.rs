@@ -37,6 +37,12 @@ impl Store {
         Ok(self.take(path)?.0)
     }
 
+    /// A blob that comes in piece by piece, from somewhere that nobody vouches for.
+    pub fn receive(&self) -> Result<Incoming<'_>> {
+        let file = self.temp_file()?;
+        Ok(Incoming { store: self, file, hasher: blake3::Hasher::new(), size: 0 })
+    }
+
     /// Moves the files of a finished folder into the store; the folder itself is left without them.
     ///
     /// Empty folders do not count. Symbolic links and special files are refused by name, and then
@@ -133,7 +139,8 @@ impl Store {
         tree.entries().iter().find(|e| !self.has_sized(e.digest, e.size))
     }
 
-    pub(crate) fn has_sized(&self, digest: BlobDigest, size: u64) -> bool {
+    /// Whether a blob of this size is there. Its bytes are not looked at.
+    pub fn has_sized(&self, digest: BlobDigest, size: u64) -> bool {
         fs::metadata(self.blob_path(digest)).is_ok_and(|m| m.is_file() && m.len() == size)
     }
 
@@ -259,6 +266,35 @@ impl Store {
             }
             Err(e) => io("quarantine the corrupt", path)(e),
         }
+    }
+}
+
+/// A blob on its way in. Dropped before its end, it was never there.
+pub struct Incoming<'a> {
+    store: &'a Store,
+    file: NamedTempFile,
+    hasher: blake3::Hasher,
+    size: u64,
+}
+
+impl Incoming<'_> {
+    /// The next bytes of it.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.hasher.update(bytes);
+        self.size += bytes.len() as u64;
+        self.file.write_all(bytes).map_err(io("write", self.file.path()))
+    }
+
+    /// Keeps it if it is the blob of this digest; says whether it is.
+    pub fn finish(self, digest: BlobDigest) -> Result<bool> {
+        let Self { store, file, hasher, size } = self;
+        if hasher.finalize().as_bytes() != digest.as_bytes() {
+            return Ok(false);
+        }
+        if !store.has_sized(digest, size) {
+            store.keep(file, digest)?;
+        }
+        Ok(true)
     }
 }
 

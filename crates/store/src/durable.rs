@@ -46,6 +46,11 @@ impl Store {
         Ok(())
     }
 
+    /// Counts what another process has put in for this one.
+    pub fn note_added(&self, bytes: u64) {
+        self.added.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// Bytes that have come in through this store since it was asked last.
     pub fn take_added(&self) -> u64 {
         self.added.swap(0, Ordering::Relaxed)

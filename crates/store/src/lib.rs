@@ -46,6 +46,7 @@ use step::{ActionKey, BlobDigest};
 
 pub use actions::{ActionCache, Lookup};
 pub use attempt::Attempt;
+pub use cas::Incoming;
 pub use error::StoreError;
 pub use gc::{GcOptions, GcReport, Root};
 pub use lock::{Guard, Holder};

@@ -557,3 +557,20 @@ fn a_kill_leaves_no_half_blob() {
     }
     assert!(blobs > 0, "the writer got to write");
 }
+
+#[test]
+fn what_comes_in_from_elsewhere_is_kept_only_under_its_own_digest() {
+    let Sandbox { dir: _dir, store } = Sandbox::new();
+    let digest = BlobDigest::of(b"one two");
+    let receive = |parts: [&[u8]; 2]| {
+        let mut incoming = store.receive().unwrap();
+        parts.iter().for_each(|part| incoming.write(part).unwrap());
+        incoming.finish(digest).unwrap()
+    };
+    assert!(!receive([b"one", b" too"]));
+    assert!(!store.has(digest));
+    drop(store.receive().unwrap());
+    assert!(receive([b"one", b" two"]) && receive([b"one ", b"two"]));
+    assert_eq!(store.blob(digest).unwrap(), b"one two");
+    assert_eq!(fs::read_dir(store.root().join("tmp")).unwrap().count(), 0);
+}
