@@ -30,6 +30,8 @@ pub struct Made {
     pub result: ActionResult,
     /// `LlamaForCausalLM`, where its config.json says so.
     pub architecture: Option<String>,
+    /// As the Hugging Face hub spells it, where its LICENSE.json does: `apache-2.0`.
+    pub licence: Option<String>,
     pub files: Vec<Hashed>,
     pub inputs: Vec<MadeFrom>,
 }
@@ -79,7 +81,8 @@ pub fn collect(engine: &Engine, graph: &Graph) -> anyhow::Result<Vec<Made>> {
             id: node.id.clone(),
             kind: node.kind,
             wanted: graph.wanted.contains(&node.id),
-            architecture: architecture(engine, &tree),
+            architecture: said(engine, &tree, "config.json", "/architectures/0"),
+            licence: said(engine, &tree, "LICENSE.json", "/license"),
             inputs: inputs.collect(),
             files: hashed(engine, &tree, &mut hashes)?,
             result: (**result).clone(),
@@ -102,10 +105,11 @@ pub fn documents(made: &[Made], before: Option<&Figures>) -> BTreeMap<String, St
     all.map(|(name, text)| (name.to_string(), text)).into()
 }
 
-fn architecture(engine: &Engine, tree: &Tree) -> Option<String> {
-    let config = tree.entries().iter().find(|entry| entry.path == "config.json")?;
-    let config: Value = serde_json::from_slice(&engine.store().blob(config.digest).ok()?).ok()?;
-    Some(config["architectures"].get(0)?.as_str()?.to_string())
+/// What a JSON file of an artifact says at this place.
+fn said(engine: &Engine, tree: &Tree, file: &str, pointer: &str) -> Option<String> {
+    let entry = tree.entries().iter().find(|entry| entry.path == file)?;
+    let json: Value = serde_json::from_slice(&engine.store().blob(entry.digest).ok()?).ok()?;
+    Some(json.pointer(pointer)?.as_str()?.to_string())
 }
 
 fn hashed(

@@ -196,9 +196,9 @@ fn a_broken_line_is_named_where_nobody_said_to_skip_it() {
 }
 
 /// Everything that one checkout made, in the store of another through a shared cache: no step runs,
-/// no tool is fetched.
+/// no tool is fetched. And from there into a release, as CI makes it.
 #[test]
-fn a_second_checkout_fetches_everything() {
+fn a_second_checkout_fetches_everything_and_releases_it() {
     let mut compile = Command::new("cargo");
     // As the stage of the workers has compiled it.
     compile
@@ -244,6 +244,22 @@ fn a_second_checkout_fetches_everything() {
     let tools = second.path().join("artifacts/v1/tools");
     assert_eq!(fs::read_dir(tools).unwrap().count(), 0, "a tool was fetched");
     assert_eq!(said(xtask(second.path(), &["--offline", "build"])), "up to date: 16 targets\n");
+
+    second.edit("recipes/demo.toml", |text| {
+        let endpoint = &at["endpoint"];
+        format!(
+            "{text}\n[publish]\nstep = \"publish/s3\"\nsite = \"site\"\nbucket = \"bucket\"\n\
+             prefix = \"live\"\nendpoint = {endpoint}\npath_style = true\n"
+        )
+    });
+    let release = || with_cache(second.path(), &["ci", "demo", "demo/publish"]);
+    let first = release();
+    assert!(first.contains("is now release"), "{first}");
+    // The one before is known from the bucket.
+    fs::remove_dir_all(second.path().join("artifacts/demo.release")).unwrap();
+    let again = release();
+    assert!(again.contains("stays release"), "{again}");
+    assert!(again.lines().any(|l| l.starts_with("demo/site ") && l.ends_with("same")), "{again}");
     server.kill().unwrap();
     server.wait().unwrap();
 }

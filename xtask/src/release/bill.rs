@@ -117,6 +117,9 @@ fn artifact(made: &Made, all: &[Made]) -> Value {
             {"name": "anneal:bytes", "value": made.size().to_string()},
         ],
     });
+    if let Some(licence) = &made.licence {
+        component["licenses"] = json!([{"license": {"name": licence}}]);
+    }
     match component["type"].as_str() {
         Some("machine-learning-model") => component["modelCard"] = card(made, all),
         Some("data") => component["data"] = json!([{"type": "dataset", "name": made.id}]),
