@@ -4,8 +4,9 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -15,6 +16,7 @@ use step::{Failure, Kind, StepDef};
 
 use crate::display::{self, Table};
 
+pub mod cache;
 pub mod export;
 mod peers;
 pub mod train;
@@ -304,6 +306,47 @@ fn request(
     let path = run.join("request.json");
     fs::write(&path, serde_json::to_vec_pretty(&request)?)?;
     Ok(path)
+}
+
+/// What a process took.
+#[derive(Clone, Copy, Default)]
+struct Usage {
+    /// Seconds.
+    wall: f64,
+    /// User and system time; seconds.
+    cpu: f64,
+    /// Bytes that were resident at its peak.
+    memory: f64,
+}
+
+/// Of one process after another; of memory, what the largest had.
+impl std::ops::AddAssign for Usage {
+    fn add_assign(&mut self, other: Self) {
+        self.wall += other.wall;
+        self.cpu += other.cpu;
+        self.memory = self.memory.max(other.memory);
+    }
+}
+
+/// Waits for a process that was started at `clock`, which nobody else waits for.
+fn used(child: &Child, clock: Instant) -> anyhow::Result<Usage> {
+    let mut status = 0;
+    // SAFETY: the child is ours and nobody else waits for it; zeros are a value of the struct.
+    let (waited, usage) = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        (libc::wait4(child.id() as i32, &raw mut status, 0, &raw mut usage), usage)
+    };
+    if waited < 0 {
+        return Err(std::io::Error::last_os_error()).context("cannot wait for it");
+    }
+    let wall = clock.elapsed().as_secs_f64();
+    let status = ExitStatus::from_raw(status);
+    if !status.success() {
+        bail!(Failure::environment(format!("it ended badly: {status}")));
+    }
+    let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 * 1e-6;
+    let cpu = seconds(usage.ru_utime) + seconds(usage.ru_stime);
+    Ok(Usage { wall, cpu, memory: usage.ru_maxrss as f64 * 1024.0 })
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

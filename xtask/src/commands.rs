@@ -42,6 +42,9 @@ pub fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             return build(&engine, &targets, options, json);
         }
         Command::Bench { what: Bench::Engine { gib } } => bench::engine(&root, gib)?,
+        Command::Bench { what: Bench::Cache { gib, rounds } } => {
+            bench::cache::run(&root, gib, rounds)?;
+        }
         Command::Bench { what: Bench::Train { device, cases } } => {
             bench::train::run(&root, device, &cases)?;
         }

@@ -5,17 +5,16 @@
 //! (`parity`), since no other side has one.
 
 use std::fs;
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use engine::Engine;
 use serde_json::{Value, json};
-use step::{Failure, Kind};
+use step::Kind;
 
-use super::{median, time};
+use super::{Usage, median, time, used};
 use crate::cli::Cases;
 use crate::display::{self, Table};
 use crate::registry::REGISTRY;
@@ -28,11 +27,7 @@ const MODELS: [(&str, &str); 2] =
 /// What one side took for a case, all its processes together.
 #[derive(Clone, Copy, Default)]
 struct Sample {
-    wall: f64,
-    /// User and system time; seconds.
-    cpu: f64,
-    /// Bytes that were resident at the peak of the largest process.
-    memory: f64,
+    used: Usage,
     /// Bytes that were written.
     size: f64,
 }
@@ -221,10 +216,7 @@ impl<'a> Bench<'a> {
                 };
                 let mut sample = Sample::default();
                 for mut command in commands {
-                    let one = measure(&mut command, &run.join("log"))?;
-                    sample.wall += one.wall;
-                    sample.cpu += one.cpu;
-                    sample.memory = sample.memory.max(one.memory);
+                    sample.used += measure(&mut command, &run.join("log"))?;
                 }
                 sample.size = size(&out)? as f64;
                 side.samples.push(sample);
@@ -260,9 +252,9 @@ impl Side {
         [
             case.into(),
             self.name.into(),
-            time(self.median(|s| s.wall)),
-            time(self.median(|s| s.cpu)),
-            bytes(|s| s.memory),
+            time(self.median(|s| s.used.wall)),
+            time(self.median(|s| s.used.cpu)),
+            bytes(|s| s.used.memory),
             bytes(|s| s.size),
         ]
     }
@@ -270,36 +262,22 @@ impl Side {
     /// Ours over theirs.
     fn beside(&self, case: &str, peer: &Side) -> [String; 5] {
         let ratio = |of: fn(&Sample) -> f64| format!("{:.2}", self.median(of) / peer.median(of));
-        let ratios = [ratio(|s| s.wall), ratio(|s| s.cpu), ratio(|s| s.memory)];
+        let ratios = [ratio(|s| s.used.wall), ratio(|s| s.used.cpu), ratio(|s| s.used.memory)];
         let [wall, cpu, memory] = ratios;
         [case.into(), peer.name.into(), wall, cpu, memory]
     }
 }
 
 /// Runs a command to its end.
-fn measure(command: &mut Command, log: &Path) -> anyhow::Result<Sample> {
+fn measure(command: &mut Command, log: &Path) -> anyhow::Result<Usage> {
     let file = fs::File::create(log)?;
     command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
     let clock = Instant::now();
     let child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
-    let mut status = 0;
-    // SAFETY: the child is ours and nobody else waits for it; zeros are a value of the struct.
-    let (waited, usage) = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        (libc::wait4(child.id() as i32, &raw mut status, 0, &raw mut usage), usage)
-    };
-    if waited < 0 {
-        return Err(std::io::Error::last_os_error()).context("cannot wait for it");
-    }
-    let wall = clock.elapsed().as_secs_f64();
-    let status = std::process::ExitStatus::from_raw(status);
-    if !status.success() {
+    used(&child, clock).with_context(|| {
         let said = fs::read_to_string(log).unwrap_or_default();
-        bail!(Failure::environment(format!("{command:?}: {status}\n{said}")));
-    }
-    let seconds = |t: libc::timeval| t.tv_sec as f64 + t.tv_usec as f64 * 1e-6;
-    let cpu = seconds(usage.ru_utime) + seconds(usage.ru_stime);
-    Ok(Sample { wall, cpu, memory: usage.ru_maxrss as f64 * 1024.0, size: 0.0 })
+        format!("{command:?}\n{said}")
+    })
 }
 
 /// Bytes of all files in a folder.
