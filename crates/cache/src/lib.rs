@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use step::{ActionKey, ActionResult, Failure};
 
-/// The version of the protocol, and of what lies in the bucket: the first part of every name there.
+/// The version of the protocol, and of what lies in the bucket: the first part of names there.
 pub const FORMAT: u32 = 1;
 
 /// The variables with the key that results are signed by, and with the path of a file that holds it.
@@ -57,6 +57,9 @@ pub enum Request {
     Push { key: ActionKey },
     /// Give a lease back: there will be no result.
     Release { key: ActionKey },
+    /// Give the Nix archive of a pinned result, by its SHA-256: `nix build` takes it from there. Without
+    /// a file, only tell whether it is there.
+    Archive { sha256: String, file: Option<PathBuf> },
 }
 
 /// A line of the worker's.

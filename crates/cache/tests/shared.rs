@@ -151,6 +151,25 @@ fn a_second_checkout_runs_nothing() {
 }
 
 #[test]
+fn a_pinned_result_goes_as_nix_reads_it() {
+    let server = Server::start();
+    let shared = Shared::on(server.settings());
+    let w = Workspace::new("[rough]\nstep = \"demo/rough\"\ntext = \"./rows.txt\"\n");
+    build(&w, shared.remote(true), "r");
+    let engine = w.engine().with_remote(shared.remote(true));
+    let graph = w.graph(&engine, "r");
+    let pinned = engine.lock_results(&graph).unwrap()[0].after.clone().unwrap();
+    for _ in 0..2 {
+        assert_eq!(engine.push(&graph, &mut |_| {}).unwrap(), 1);
+        let name = format!("team/nar/{}.nar", pinned.sha256);
+        let mut archive = Vec::new();
+        let artifact = w.path("artifacts/r/rough").canonicalize().unwrap();
+        engine::nar::write(&artifact, &mut archive).unwrap();
+        assert_eq!(fs::read(server.files().join(name)).unwrap(), archive);
+    }
+}
+
+#[test]
 fn eight_builders_make_each_action_once() {
     let server = Server::start();
     let shared = Shared::on(server.settings());

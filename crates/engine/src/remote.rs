@@ -4,7 +4,8 @@
 //! A cache that cannot be reached costs a warning, and the build goes on without it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::{BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -20,7 +21,7 @@ use step::{ActionKey, ActionResult, Failure};
 use crate::build::Built;
 use crate::resolve::Graph;
 use crate::target::TargetId;
-use crate::{Engine, Error, Event, Status, cannot, execute, held};
+use crate::{Engine, Error, Event, Status, cannot, execute, held, nar};
 
 /// Where the shared cache is, and what may be done with it.
 #[derive(Debug, Clone, PartialEq)]
@@ -458,7 +459,8 @@ impl Engine {
         tell: &dyn Fn(Event<'_>),
     ) -> Option<Done> {
         let connection = self.remote(tell)?;
-        let phase = if matches!(request, Request::Push { .. }) { "share" } else { "fetch" };
+        let gives = matches!(request, Request::Push { .. } | Request::Archive { .. });
+        let phase = if gives { "share" } else { "fetch" };
         let began = Instant::now();
         let stopped = || stopped() || self.running.is_stopped();
         let asked = connection.ask(request, &stopped, &mut |said| match said {
@@ -502,7 +504,8 @@ impl Engine {
         Ok(Built { id: target.clone(), key, output, ran: false, fetched: Some(transferred) })
     }
 
-    /// Gives every result of `graph` that there is to the cache; says how many went.
+    /// Gives every result of `graph` that there is to the cache, and those that are pinned as Nix
+    /// archives, too; says how many results went.
     pub fn push(&self, graph: &Graph, on: &mut (dyn FnMut(Event) + Send)) -> Result<usize, Error> {
         let plan = self.plan(graph)?;
         let on = Mutex::new(on);
@@ -525,7 +528,38 @@ impl Engine {
             let workers: Vec<_> = (0..4).map(|_| scope.spawn(work)).collect();
             workers.into_iter().map(|worker| worker.join().expect("no push panics")).sum()
         });
+        for (target, pinned, current) in self.locked_results(graph)? {
+            if current {
+                self.archive(&target, &pinned, &tell)?;
+            }
+        }
         Ok(pushed)
+    }
+
+    /// Gives a pinned result to the cache as `nix build` takes it.
+    fn archive(
+        &self,
+        target: &TargetId,
+        pinned: &recipe::PinnedResult,
+        tell: &dyn Fn(Event<'_>),
+    ) -> Result<(), Error> {
+        let ask = |file| {
+            let request = Request::Archive { sha256: pinned.sha256.clone(), file };
+            self.ask(target, request, &|| false, tell)
+        };
+        let Some(Done::Absent { .. }) = ask(None) else { return Ok(()) };
+        let attempt = self.store.attempt("archive")?;
+        let path = attempt.path().join("nar");
+        let write = |file: File| {
+            let mut archive = BufWriter::new(file);
+            nar::write(&self.materialise(pinned.tree)?, &mut archive)
+                .and_then(|()| archive.flush())
+                .map_err(cannot("write", &path))?;
+            Ok::<_, Error>(())
+        };
+        write(File::create(&path).map_err(cannot("write", &path))?)?;
+        ask(Some(path));
+        Ok(())
     }
 
     /// What is in the cache.

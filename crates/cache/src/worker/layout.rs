@@ -4,6 +4,7 @@
 //! v1/chunks/ab/<64 hex>        at most 8 MiB, named by their BLAKE3: pieces of files, packs of small files
 //! v1/results/ab/<key>.json     signed: an action's result, and from which chunks each of its files is made
 //! v1/leases/<key>.json         who runs an action now
+//! nar/<SHA-256>.nar            the artifact of a pinned result, as Nix reads it
 //! ```
 //!
 //! Chunks go in before the result that names them. All but leases are written once.
@@ -31,6 +32,11 @@ pub fn result(key: ActionKey) -> String {
 
 pub fn lease(key: ActionKey) -> String {
     format!("{LEASES}{key}.json")
+}
+
+/// Nix holds it to its hash: nobody signs it.
+pub fn archive(sha256: &str) -> String {
+    format!("nar/{sha256}.nar")
 }
 
 /// What is signed.

@@ -12,6 +12,7 @@ mod signature;
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -180,7 +181,28 @@ impl Remote {
                 pushed
             }
             Request::Release { key } => self.release(key).await.map(|()| Done::Released),
+            Request::Archive { sha256, file } => self.archive(&sha256, file.as_deref(), tell).await,
         }
+    }
+
+    async fn archive(
+        &self,
+        sha256: &str,
+        file: Option<&Path>,
+        tell: &Tell,
+    ) -> Result<Done, Failure> {
+        let name = layout::archive(sha256);
+        if self.bucket.head(&name).await?.is_some() {
+            return Ok(Done::Pushed { transferred: 0, shared: 0 });
+        }
+        let Some(file) = file else { return Ok(Done::Absent { why: None }) };
+        let unreadable = |e| Failure::environment(format!("cannot read {}: {e}", file.display()));
+        let size = file.metadata().map_err(unreadable)?.len();
+        let sent = AtomicU64::new(0);
+        let more = |bytes| tell.progress(sent.fetch_add(bytes, Ordering::Relaxed) + bytes, size);
+        // Whoever writes this name writes the same bytes.
+        self.bucket.put_file(&name, file, &s3::Put::default(), &more).await?;
+        Ok(Done::Pushed { transferred: size, shared: 0 })
     }
 
     async fn status(&self, tell: &Tell) -> Result<Status, Failure> {
