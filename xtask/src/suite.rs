@@ -148,3 +148,55 @@ fn with_tools<'a>(
     }
     Ok(set)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// The crates beneath the AWS SDK, it included, each with its version and features, as a build
+    /// of `features` has them.
+    fn beneath_the_sdk(features: &[&str]) -> BTreeSet<String> {
+        let sh = Shell::new().unwrap();
+        let which: Vec<&str> = features
+            .iter()
+            .flat_map(|f| ["--package", f.split_once('/').unwrap().0, "--features", f])
+            .collect();
+        let tree = cmd!(sh, "cargo tree --locked --no-dedupe --prefix depth --format")
+            .arg(" {p} {f}")
+            .args(which)
+            .ignore_stderr()
+            .read()
+            .unwrap();
+        let mut sdk = None;
+        let mut found = BTreeSet::new();
+        for (depth, krate) in tree.lines().filter_map(|line| line.split_once(' ')) {
+            let depth: u32 = depth.parse().unwrap();
+            let outside = sdk.is_none_or(|sdk| depth <= sdk);
+            if outside {
+                sdk = krate.starts_with("aws-").then_some(depth);
+            }
+            if sdk.is_some() {
+                found.insert(krate.to_string());
+            }
+        }
+        assert!(found.iter().any(|krate| krate.starts_with("aws-sdk-s3 ")), "{tree}");
+        found
+    }
+
+    /// `agreed` in crates/s3/Cargo.toml: the SDK takes minutes to compile.
+    #[test]
+    fn workers_and_tests_share_one_build_of_the_sdk() {
+        let (tests, _) = WORKERS.last().unwrap();
+        let all = beneath_the_sdk(tests);
+        for worker in ["cache/worker", "publish/worker"] {
+            let alone = beneath_the_sdk(&[worker]);
+            let differing: Vec<_> = alone.difference(&all).collect();
+            assert!(
+                differing.is_empty(),
+                "{worker} alone has other features than the tests: {differing:#?}"
+            );
+        }
+    }
+}
