@@ -27,13 +27,6 @@ impl Step for Peft {
     }
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
-        let base = inputs.get("base").and_then(|base| base.first());
-        match base.and_then(|base| base.facts.architecture.as_deref()) {
-            Some(name) if !checkpoint::ARCHITECTURES.contains(&name) => Err(Refusal::NotBuilt {
-                what: format!("architecture {name}"),
-                built: checkpoint::are(checkpoint::ARCHITECTURES),
-            }),
-            _ => Ok(()),
-        }
+        checkpoint::are_built(inputs.get("base").into_iter().flatten())
     }
 }

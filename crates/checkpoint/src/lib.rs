@@ -6,6 +6,8 @@
 use std::path::Path;
 
 use serde_json::Value;
+use step::Refusal;
+use step::definition::KnownInput;
 
 #[cfg(feature = "weights")]
 pub mod adapter;
@@ -25,8 +27,22 @@ pub use error::Error;
 /// `model_type` of the architectures that can be trained, merged, exported and measured.
 pub const ARCHITECTURES: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"];
 
+/// Refuses an architecture that is not one of `built`.
+pub fn is_built(architecture: &str, built: &[&str]) -> Result<(), Refusal> {
+    if built.contains(&architecture) {
+        return Ok(());
+    }
+    Err(Refusal::NotBuilt { what: format!("architecture {architecture}"), built: are(built) })
+}
+
+/// Refuses inputs of an architecture that is not built.
+pub fn are_built<'a>(inputs: impl IntoIterator<Item = &'a KnownInput>) -> Result<(), Refusal> {
+    let known = inputs.into_iter().filter_map(|input| input.facts.architecture.as_deref());
+    known.into_iter().try_for_each(|architecture| is_built(architecture, ARCHITECTURES))
+}
+
 /// `llama is`, `llama, mistral and qwen2 are`: how a refusal ends.
-pub fn are(names: &[&str]) -> String {
+fn are(names: &[&str]) -> String {
     match names {
         [] => "nothing is".into(),
         [one] => format!("{one} is"),

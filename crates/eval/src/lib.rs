@@ -6,7 +6,6 @@ pub mod exact_match;
 pub mod perplexity;
 pub mod require;
 
-use checkpoint::ARCHITECTURES;
 use step::{Family, Kind, Known, Refusal, StepDef};
 
 pub static FAMILY: Family = Family {
@@ -22,15 +21,7 @@ const TOLERANCE: f64 = 0.01;
 /// A plain model runs on a graph that is written here; the others bring what they run on.
 fn supports(inputs: &Known) -> Result<(), Refusal> {
     let plain = inputs.get("models").into_iter().flatten().filter(|m| m.kind == Kind::Model);
-    for architecture in plain.filter_map(|m| m.facts.architecture.as_deref()) {
-        if !ARCHITECTURES.contains(&architecture) {
-            return Err(Refusal::NotBuilt {
-                what: format!("architecture {architecture}"),
-                built: checkpoint::are(ARCHITECTURES),
-            });
-        }
-    }
-    Ok(())
+    checkpoint::are_built(plain)
 }
 
 fn test() -> String {

@@ -39,6 +39,6 @@ impl Step for Adapter {
     }
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
-        crate::built(inputs)
+        checkpoint::are_built(inputs.values().flatten())
     }
 }

@@ -81,7 +81,7 @@ impl Step for Export {
     const OUTPUT: Kind = Kind::GgufModel;
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
-        crate::built(inputs)
+        checkpoint::are_built(inputs.values().flatten())
     }
 }
 

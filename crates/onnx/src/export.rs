@@ -153,16 +153,7 @@ impl Step for Export {
             }
             _ => {}
         }
-        let facts = inputs.values().flatten().filter_map(|i| i.facts.architecture.as_deref());
-        for architecture in facts {
-            if !checkpoint::ARCHITECTURES.contains(&architecture) {
-                return Err(Refusal::NotBuilt {
-                    what: format!("architecture {architecture}"),
-                    built: checkpoint::are(checkpoint::ARCHITECTURES),
-                });
-            }
-        }
-        Ok(())
+        checkpoint::are_built(inputs.values().flatten())
     }
 }
 

@@ -29,16 +29,6 @@ pub static FAMILY: Family = Family {
     build_tools: &["libtorch"],
 };
 
-fn architecture_is_built(architecture: &str, built: &[&str]) -> Result<(), Refusal> {
-    if built.contains(&architecture) {
-        return Ok(());
-    }
-    Err(Refusal::NotBuilt {
-        what: format!("architecture {architecture}"),
-        built: checkpoint::are(built),
-    })
-}
-
 /// Whether the dataset, where it is known, keeps the column that rows come by.
 fn dataset_has_column(training: &Training, inputs: &Known) -> Result<(), Refusal> {
     let Order::Column(name) = &training.order else { return Ok(()) };
@@ -71,6 +61,6 @@ fn base_architecture(inputs: &Known) -> Result<Option<Architecture>, Refusal> {
     let Some(found) = base.and_then(|base| base.facts.architecture.as_deref()) else {
         return Ok(None);
     };
-    architecture_is_built(found, checkpoint::ARCHITECTURES)?;
+    checkpoint::is_built(found, checkpoint::ARCHITECTURES)?;
     Ok(Architecture::of(found))
 }

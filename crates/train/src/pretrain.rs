@@ -111,7 +111,7 @@ impl Step for Pretrain {
 
     fn supports(&self, inputs: &Known) -> Result<(), Refusal> {
         crate::dataset_has_column(&self.training(), inputs)?;
-        crate::architecture_is_built(&self.architecture, ARCHITECTURES)
+        checkpoint::is_built(&self.architecture, ARCHITECTURES)
     }
 }
 
