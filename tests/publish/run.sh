@@ -3,7 +3,7 @@
 # ANNEAL_DEMO names another folder than artifacts/demo; it holds site/ and eval/eval.json.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-PYTHON=$(bash tests/publish/venv.sh)
+PYTHON=$(bash tests/venv.sh publish)
 export PYTHON
 bash tests/browser/npm.sh
 exec node tests/publish/live.mjs

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../../.."
 mkdir -p "$1"
 to=$(realpath "$1")
-readers=$(bash tests/interop/venv.sh)
+readers=$(bash tests/venv.sh interop)
 if [ ! -e "$to/venv/ready" ]; then
     rm -rf "$to/venv"
     python3 -m venv "$to/venv"

@@ -123,10 +123,11 @@ impl<'a> Bench<'a> {
         let engine = engine::Engine::open(root, REGISTRY)?;
         let libtorch = engine.tool("libtorch", &mut |_| {})?;
         let worker = engine.compile("train", &libtorch.env, &mut |_| {})?;
-        let venv = Command::new("bash").arg("tests/interop/venv.sh").current_dir(root).output()?;
+        let venv =
+            Command::new("bash").args(["tests/venv.sh", "interop"]).current_dir(root).output()?;
         if !venv.status.success() {
             let said = String::from_utf8_lossy(&venv.stderr);
-            bail!(Failure::environment(format!("tests/interop/venv.sh: {}\n{said}", venv.status)));
+            bail!(Failure::environment(format!("tests/venv.sh interop: {}\n{said}", venv.status)));
         }
         let python = root.join(String::from_utf8(venv.stdout)?.trim());
         let dir = tempfile::Builder::new().prefix("bench-").tempdir_in(root.join("target"))?;
