@@ -9,13 +9,11 @@ mod provenance;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use anyhow::Context;
 use engine::{Engine, Graph, Origin, Status, TargetId};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 use step::{Action, ActionResult, BlobDigest, Entry, Failure, Kind, Tree, TreeDigest};
 
 pub use figures::Figures;
@@ -130,21 +128,9 @@ fn hashed(
 }
 
 fn sha256(path: &Path) -> anyhow::Result<String> {
-    let mut hasher = Sha256::new();
-    let hash = |file: File| -> std::io::Result<()> {
-        let mut reader = BufReader::with_capacity(1 << 18, file);
-        loop {
-            let bytes = reader.fill_buf()?;
-            if bytes.is_empty() {
-                return Ok(());
-            }
-            hasher.update(bytes);
-            let read = bytes.len();
-            reader.consume(read);
-        }
-    };
-    File::open(path).and_then(hash).with_context(|| format!("cannot read {}", path.display()))?;
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    let hash = |mut file: File| ::release::sha256(&mut file);
+    let hashed = File::open(path).and_then(hash);
+    Ok(hashed.with_context(|| format!("cannot read {}", path.display()))?.1)
 }
 
 /// Where Anneal's own terms are explained to those who read them in a statement.

@@ -5,10 +5,10 @@
 //! `releases/<release>/manifest.json`.
 
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use step::{BlobDigest, Entry, Failure, Tree, canonical};
 
 use crate::licence::Licence;
@@ -141,35 +141,31 @@ impl File {
         Self::read(path, &mut bytes).expect("memory can be read")
     }
 
-    fn read(path: &str, from: &mut dyn std::io::Read) -> std::io::Result<Self> {
-        let mut both = Both { blake3: blake3::Hasher::new(), sha256: Sha256::new() };
-        let bytes = std::io::copy(from, &mut both)?;
+    fn read(path: &str, from: &mut dyn Read) -> std::io::Result<Self> {
+        let mut blake3 = Blake3 { hasher: blake3::Hasher::new(), from };
+        let (bytes, sha256) = crate::sha256(&mut blake3)?;
         Ok(Self {
             path: path.into(),
             bytes,
-            blake3: BlobDigest::from_bytes(*both.blake3.finalize().as_bytes()),
-            sha256: both.sha256.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+            blake3: BlobDigest::from_bytes(*blake3.hasher.finalize().as_bytes()),
+            sha256,
             kind: headers::content_type(path).into(),
             cache: headers::cache_control(path).into(),
         })
     }
 }
 
-/// Takes what is written into both digests.
-struct Both {
-    blake3: blake3::Hasher,
-    sha256: Sha256,
+/// Hashes what is read through it.
+struct Blake3<'a> {
+    hasher: blake3::Hasher,
+    from: &'a mut dyn Read,
 }
 
-impl std::io::Write for Both {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.blake3.update(bytes);
-        self.sha256.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
+impl Read for Blake3<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.from.read(buffer)?;
+        self.hasher.update(&buffer[..read]);
+        Ok(read)
     }
 }
 

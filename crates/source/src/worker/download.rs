@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use sha2::{Digest, Sha256};
 use source::huggingface::PinnedFile;
 use step::Failure;
 use step::worker::{Job, Progress};
@@ -190,7 +189,7 @@ pub fn text(url: &str, token: Option<&str>) -> anyhow::Result<String> {
 /// Size and SHA-256 of what lies at `url`.
 pub fn measure(url: &str, token: Option<&str>) -> anyhow::Result<PinnedFile> {
     let mut response = get(url, token)?;
-    let (size, sha256) = hash_reader(&mut response.body_mut().as_reader())?;
+    let (size, sha256) = release::sha256(&mut response.body_mut().as_reader())?;
     Ok(PinnedFile { size, sha256 })
 }
 
@@ -228,21 +227,5 @@ fn agent() -> ureq::Agent {
 }
 
 fn hash(path: &Path) -> anyhow::Result<(u64, String)> {
-    Ok(hash_reader(&mut File::open(path)?)?)
-}
-
-fn hash_reader(reader: &mut dyn Read) -> std::io::Result<(u64, String)> {
-    let mut hasher = Sha256::new();
-    let mut size = 0;
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        let n = reader.read(&mut buffer)?;
-        if n == 0 {
-            break;
-        }
-        hasher.update(&buffer[..n]);
-        size += n as u64;
-    }
-    let digest = hasher.finalize();
-    Ok((size, digest.iter().map(|byte| format!("{byte:02x}")).collect()))
+    Ok(release::sha256(&mut File::open(path)?)?)
 }
