@@ -29,6 +29,7 @@ impl Runs {
             fs::copy(golden.join(name), base.join(name)).unwrap();
         }
         fs::write(base.join("tokenizer.json"), TOKENIZER).unwrap();
+        fs::write(base.join("LICENSE"), "free").unwrap();
         let about = json!({"tokenizer": blake3::hash(TOKENIZER.as_bytes()).to_hex().as_str()});
         fs::write(dataset.join("dataset.json"), about.to_string()).unwrap();
         write_split(&dataset.join("train.safetensors"), ROWS, 1);
@@ -171,6 +172,7 @@ fn a_training_that_is_asked_to_end_goes_on_from_that_step_to_the_same_bytes() {
     let notes: Vec<_> = resumed.of("note").map(|note| &note["text"]).collect();
     assert!(notes.contains(&&json!(format!("going on after {after}"))), "{after}: {notes:?}");
     assert_eq!(runs.out("broken"), runs.out("whole"));
+    assert_eq!(runs.out("whole")["LICENSE"], b"free");
     for name in ["kept_step", "validation_loss", "loss"] {
         assert_eq!(resumed.metric(name), whole.metric(name), "{name}");
     }

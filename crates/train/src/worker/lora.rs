@@ -52,6 +52,7 @@ pub fn run(job: &Job) -> Result<()> {
     job.metric(TFLOP, outcome.share * tflop);
     job.metric("trained_parameters", adapter.values().map(|t| t.numel() as f64).sum());
 
+    checkpoint::copy_legal(&base.path, job.out()).map_err(Failure::from)?;
     let base = base_name(&base.path);
     tensor::write(&job.out().join(peft::WEIGHTS), Dtype::F32, &adapter)?;
     let config = Plain {
