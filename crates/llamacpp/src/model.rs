@@ -62,6 +62,25 @@ impl Model {
 
     /// [`Model::load`] with a say in how attention is computed.
     pub fn load_with(path: &Path, threads: usize, attention: Attention) -> Result<Self, Error> {
+        Self::open(path, None, threads, attention)
+    }
+
+    /// [`Model::load_with`] and the LoRA adapter of another GGUF file, as `--lora` adds it.
+    pub fn load_adapted(
+        path: &Path,
+        adapter: &Path,
+        threads: usize,
+        attention: Attention,
+    ) -> Result<Self, Error> {
+        Self::open(path, Some(adapter), threads, attention)
+    }
+
+    fn open(
+        path: &Path,
+        adapter: Option<&Path>,
+        threads: usize,
+        attention: Attention,
+    ) -> Result<Self, Error> {
         let failed = |message: String| Error::Load { path: path.into(), message };
         let backend = backend()?;
         // The crate asserts it in debug builds.
@@ -72,8 +91,17 @@ impl Model {
         last.clear();
         drop(last);
         let params = LlamaModelParams::default().with_n_gpu_layers(0);
-        let model = LlamaModel::load_from_file(backend, path, &params)
+        let mut model = LlamaModel::load_from_file(backend, path, &params)
             .map_err(|e| failed(said(e.to_string())))?;
+        let not_added = |path: &Path, why: String| {
+            let message = said(why);
+            Error::Load { path: path.into(), message }
+        };
+        let adapter = adapter.map(|path| {
+            let loaded = model.lora_adapter_init(path);
+            loaded.map(|adapter| (adapter, path)).map_err(|e| not_added(path, e.to_string()))
+        });
+        let mut adapter = adapter.transpose()?;
         let model = Box::new(model);
         let positions = NonZeroU32::new(model.n_ctx_train().min(MOST_POSITIONS));
         let threads = i32::try_from(threads.max(1)).unwrap_or(i32::MAX);
@@ -91,8 +119,13 @@ impl Model {
                 .with_type_k(KvCacheType::F32)
                 .with_type_v(KvCacheType::F32);
         }
-        let context =
+        let mut context =
             model.new_context(backend, params).map_err(|e| failed(said(e.to_string())))?;
+        if let Some((adapter, path)) = &mut adapter {
+            // It lives as long as the model does.
+            let set = context.lora_adapter_set(adapter, 1.0);
+            set.map_err(|e| not_added(path, e.to_string()))?;
+        }
         // SAFETY: the context points at the model, which is boxed, never moved out of the box nor
         // lent as `&mut`, and is dropped after the context.
         let context =

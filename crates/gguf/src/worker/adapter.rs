@@ -112,7 +112,7 @@ fn failure(tensor: &Tensor, wrong: Wrong) -> Failure {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use std::path::{Path, PathBuf};
 
     use serde_json::json;
@@ -125,7 +125,8 @@ mod tests {
     const MERGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../merge/tests/golden");
     const TRAIN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../train/src/worker/golden");
 
-    fn golden(architecture: &str, which: &str, dir: &Path) -> (Config, Adapter, PathBuf) {
+    /// A golden adapter: its base's config, itself, and the file of it.
+    pub fn golden(architecture: &str, which: &str, dir: &Path) -> (Config, Adapter, PathBuf) {
         let folder = Path::new(MERGE).join(architecture).join(which);
         let mut base = Path::new(TRAIN).join(architecture);
         if architecture == "gemma3" {

@@ -14,6 +14,7 @@ use checkpoint::config::Config;
 use checkpoint::weights::{TensorRef, Weights};
 use gguf::export::Export;
 use rayon::prelude::*;
+use release::Licence;
 use serde_json::Value as Json;
 use step::Failure;
 use step::worker::{Job, Progress};
@@ -46,7 +47,8 @@ pub fn run(job: &Job) -> Result<()> {
     let tensors = tensors::plan(&config, params.quant);
 
     let name = model_name(dir)?;
-    let mut keys = keys::model(&config, &tokenizer.name(&name), params.quant)?;
+    let licence = Licence::read(dir)?;
+    let mut keys = keys::model(&config, &tokenizer.name(&name), params.quant, licence.as_ref())?;
     keys.extend(tokenizer.keys);
     let file = format!("{name}-{}.gguf", params.quant.name());
     let path = job.out().join(&file);

@@ -9,6 +9,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use checkpoint::config::{Architecture, Config, LongRope, RopeScaling};
 use gguf::export::Quant;
+use release::Licence;
 use step::Failure;
 
 use crate::format::Value;
@@ -88,9 +89,14 @@ pub fn notes(config: &Config) -> Vec<String> {
 }
 
 /// The keys `general.*` and those of the architecture.
-pub fn model(config: &Config, name: &str, quant: Quant) -> Result<Vec<(String, Value)>> {
+pub fn model(
+    config: &Config,
+    name: &str,
+    quant: Quant,
+    licence: Option<&Licence>,
+) -> Result<Vec<(String, Value)>> {
     let architecture = architecture(config);
-    let general = [
+    let mut general = vec![
         ("architecture", Value::Text(architecture.into())),
         ("type", Value::Text("model".into())),
         ("name", Value::Text(name.into())),
@@ -98,6 +104,14 @@ pub fn model(config: &Config, name: &str, quant: Quant) -> Result<Vec<(String, V
         ("file_type", Value::U32(mix::file_type(quant))),
         ("quantization_version", Value::U32(2)),
     ];
+    if let Some(licence) = licence {
+        general.push(("license", Value::Text(licence.license.clone())));
+        if let Some((organization, name)) = licence.of.split_once('/') {
+            general.push(("base_model.count", Value::U32(1)));
+            general.push(("base_model.0.name", Value::Text(name.into())));
+            general.push(("base_model.0.organization", Value::Text(organization.into())));
+        }
+    }
     let general = general.into_iter().map(|(key, value)| (format!("general.{key}"), value));
     let own = own(config)?.into_iter().map(|(key, value)| (format!("{architecture}.{key}"), value));
     Ok(general.chain(own).collect())

@@ -471,6 +471,22 @@ fn an_added_token_without_an_embedding_is_left_out() {
     assert_eq!(tokens.len(), 288);
 }
 
+#[test]
+fn its_licence_and_base_are_told() {
+    let dir = tempfile::tempdir().unwrap();
+    model(&dir.path().join("model"), &config(), |_, _| {});
+    let licence = json!({"of": "google/gemma-3-270m-it", "license": "gemma"});
+    std::fs::write(dir.path().join("model").join(release::licence::FILE), licence.to_string())
+        .unwrap();
+    let (path, _) = exported(dir.path(), "F16", 1).unwrap();
+    let keys = File::read(&path).keys;
+    let general = |key: &str| keys[&format!("general.{key}")].clone();
+    assert_eq!(general("license"), format::Value::Text("gemma".into()));
+    assert_eq!(general("base_model.count"), format::Value::U32(1));
+    assert_eq!(general("base_model.0.name"), format::Value::Text("gemma-3-270m-it".into()));
+    assert_eq!(general("base_model.0.organization"), format::Value::Text("google".into()));
+}
+
 /// llama.cpp throws at a model that is called Phi-3 and has not Phi's tokens.
 #[test]
 fn only_a_phi_is_called_phi() {

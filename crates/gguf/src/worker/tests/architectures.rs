@@ -9,6 +9,7 @@ use llamacpp::{Attention, Model};
 use serde_json::{Value as Json, json};
 
 use super::exported;
+use crate::adapter::tests::golden;
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../train/src/worker/golden");
 
@@ -30,24 +31,12 @@ fn folder(name: &str, dir: &Path, change: impl Fn(&mut Json)) -> Config {
 /// The golden Gemma divides by √20, where llama.cpp can only divide by √16: the difference goes into
 /// the norm of the queries.
 fn rescale(dir: &Path) {
-    let path = dir.join("model.safetensors");
     let by = (16.0f32 / 20.0).sqrt();
-    let weights = Weights::open(dir).unwrap();
-    let specs = weights.names().map(|name| {
-        let tensor = weights.get(name).unwrap();
-        Spec::new(name, tensor.dtype, &tensor.shape)
-    });
-    let mut writer = Writer::create(&dir.join("rescaled"), specs.collect()).unwrap();
-    for spec in writer.order() {
-        let mut values = weights.get(&spec.name).unwrap().to_f32().unwrap();
-        if spec.name.ends_with("q_norm.weight") {
+    rewrite(dir, Dtype::F32, |name, values| {
+        if name.ends_with("q_norm.weight") {
             values.iter_mut().for_each(|w| *w = (1.0 + *w) * by - 1.0);
         }
-        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-        writer.write(&spec.name, &bytes).unwrap();
-    }
-    writer.finish().unwrap();
-    std::fs::rename(dir.join("rescaled"), path).unwrap();
+    });
 }
 
 /// Σ p ln(p / q), in nats.
@@ -143,23 +132,83 @@ fn bfloat16_is_as_close_as_llama_cpp_computes() {
     }
 }
 
+/// The adapter's file added to the base's, beside the forward pass of the merged weights. `second` has
+/// ranks and alphas of its own for some modules.
+#[test]
+fn an_adapter_adds_what_a_merge_would() {
+    for name in ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3-short"] {
+        let dir = tempfile::tempdir().unwrap();
+        let model = dir.path().join("model");
+        let config = folder(name, &model, |config| match name {
+            "gemma3" => config["query_pre_attn_scalar"] = json!(16),
+            "phi3-short" => config["original_max_position_embeddings"] = json!(4096),
+            _ => {}
+        });
+        let (base, _) = exported(dir.path(), "F32", 2).unwrap();
+        let within = if name == "gemma3" { 23 } else { window(&config).unwrap_or(23).min(23) };
+        let ids: Vec<u32> = (0..within).map(|i| (i * i * 7 + 3) as u32 % 40).collect();
+        let alone = reference::logits(&config, &Weights::open(&model).unwrap(), &ids, 0..within);
+        let alone = alone.unwrap();
+        for which in ["first", "second"] {
+            let own = dir.path().join(which);
+            std::fs::create_dir(&own).unwrap();
+            let architecture = name.trim_end_matches("-short");
+            let (_, adapter, file) = golden(architecture, which, &own);
+            let merged = own.join("merged");
+            folder(name, &merged, |_| {});
+            rewrite(&merged, Dtype::F32, |name, values| {
+                let Some(delta) = adapter.deltas.get(name) else { return };
+                let [_, width] = delta.shape();
+                for (at, weight) in values.iter_mut().enumerate() {
+                    let (row, column) = (at / width, at % width);
+                    let of = |r: usize| {
+                        let b = delta.b[row * delta.rank + r];
+                        f64::from(b) * f64::from(delta.a[r * width + column])
+                    };
+                    *weight += (delta.scale * (0..delta.rank).map(of).sum::<f64>()) as f32;
+                }
+            });
+            let merged = Weights::open(&merged).unwrap();
+            let expected = reference::logits(&config, &merged, &ids, 0..within).unwrap();
+            let mut adapted = Model::load_adapted(&base, &file, 1, Attention::Exact).unwrap();
+            let logits = adapted.logits(&ids).unwrap();
+            let mean = |of: &[f32]| {
+                let of = of.chunks(config.vocab_size);
+                let apart = logits.iter().zip(of).map(|(a, b)| divergence(b, a));
+                apart.sum::<f64>() / within as f64
+            };
+            let (kl, unchanged) = (mean(&expected), mean(&alone));
+            assert!(kl < 1e-6 && unchanged > 1e-3, "{name} {which}: {kl:.2e} {unchanged:.2e}");
+        }
+    }
+}
+
 fn window(config: &Config) -> Option<usize> {
     config.windows.iter().flatten().min().copied()
 }
 
 /// Rounds the weights of a folder to bfloat16.
 fn narrow(dir: &Path) {
-    let path = dir.join("model.safetensors");
+    rewrite(dir, Dtype::BF16, |_, _| {});
+}
+
+/// Writes the weights of a folder anew.
+fn rewrite(dir: &Path, dtype: Dtype, change: impl Fn(&str, &mut [f32])) {
     let weights = Weights::open(dir).unwrap();
-    let spec = |name| Spec::new(name, Dtype::BF16, &weights.get(name).unwrap().shape);
+    let spec = |name| Spec::new(name, dtype, &weights.get(name).unwrap().shape);
     let mut writer =
-        Writer::create(&dir.join("narrow"), weights.names().map(spec).collect()).unwrap();
+        Writer::create(&dir.join("anew"), weights.names().map(spec).collect()).unwrap();
     for spec in writer.order() {
-        let values = weights.get(&spec.name).unwrap().to_f32().unwrap();
-        let bytes: Vec<u8> =
-            values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect();
+        let mut values = weights.get(&spec.name).unwrap().to_f32().unwrap();
+        change(&spec.name, &mut values);
+        let bytes: Vec<u8> = match dtype {
+            Dtype::BF16 => {
+                values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect()
+            }
+            _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        };
         writer.write(&spec.name, &bytes).unwrap();
     }
     writer.finish().unwrap();
-    std::fs::rename(dir.join("narrow"), path).unwrap();
+    std::fs::rename(dir.join("anew"), dir.join("model.safetensors")).unwrap();
 }
