@@ -191,7 +191,7 @@ pub enum Command {
     Completions { shell: clap_complete::Shell },
     /// The whole test suite: format, lints, unit, workers, end to end, browser.
     Test {
-        /// Only these stages; all but `nix`, if not said.
+        /// Only these stages.
         #[arg(value_enum)]
         stages: Vec<crate::suite::Stage>,
     },
