@@ -8,6 +8,12 @@ let
   settings = (builtins.fromTOML (builtins.readFile (root + "/Cargo.toml"))).workspace.metadata.anneal or { };
   # The shared cache, by the URL that builds take it from.
   remote = settings.remote or null;
+  # Nix takes an endpoint apart: a scheme and a host.
+  endpoint = builtins.match "(https?)://([^/]+)/*" (settings.remote-endpoint or "");
+  where = lib.optionals (lib.hasPrefix "s3://" remote) (
+    lib.optional (settings ? remote-region) "region=${settings.remote-region}"
+    ++ lib.optionals (endpoint != null) [ "scheme=${builtins.elemAt endpoint 0}" "endpoint=${builtins.elemAt endpoint 1}" ]);
+  query = lib.optionalString (where != [ ]) "?${concatStringsSep "&" where}";
 
   derivations = mapAttrs (recipe: of: mapAttrs (_: derive of) of.targets) recipes;
   named = { recipe, target, ... }: "${recipe}-${target}";
@@ -29,7 +35,7 @@ let
   # Nix's own fetcher: it unpacks the archive and holds it to the hash.
   fetched = target: result: import <nix/fetchurl.nix> {
     name = named target;
-    url = "${lib.removeSuffix "/" remote}/nar/${result.sha256}.nar";
+    url = "${lib.removeSuffix "/" remote}/nar/${result.sha256}.nar${query}";
     inherit (result) sha256;
     unpack = true;
   };

@@ -25,6 +25,9 @@
           if hasSuffix suffix text
           then builtins.substring 0 (builtins.stringLength text - builtins.stringLength suffix) text
           else text;
+        optionals = yes: list: if yes then list else [ ];
+        optional = yes: one: optionals yes [ one ];
+        optionalString = yes: text: if yes then text else "";
         escapeShellArg = text: "'${builtins.replaceStrings [ "'" ] [ "'\\''" ] text}'";
         makeLibraryPath = paths: builtins.concatStringsSep ":" (map (path: "${path}/lib") paths);
         cleanSourceWith = { src, name, filter }: builtins.path { inherit name filter; path = src; };

@@ -93,6 +93,12 @@ recipes=$(basename -s .toml "$copy"/recipes/*.toml)
 { xtask --workspace "$copy" --json plan $recipes || true; } | sed -n 's|.*"target":"\([^"]*\)".*|\1|p' | tr / - | names anneal
 diff "$work/anneal.names" "$work/nix.names" || fail "the flake's packages are not the recipes' targets"
 rm -rf "$copy/artifacts"
+# A shared cache that is no folder is found where builds find it.
+cp "$copy/Cargo.toml" "$work/Cargo.toml"
+sed -i 's|^remote = .*|remote = "s3://bucket/prefix/"\nremote-endpoint = "http://127.0.0.1:9000"\nremote-region = "eu-west-1"|' "$copy/Cargo.toml"
+url=$(evaluate packages.x86_64-linux.demo-adapter.url --raw)
+[[ $url == s3://bucket/prefix/nar/*".nar?region=eu-west-1&scheme=http&endpoint=127.0.0.1:9000" ]] || fail "a result would be fetched from $url"
+mv "$work/Cargo.toml" "$copy/Cargo.toml"
 # What is not built here evaluates, and a source that nobody pinned says so.
 flake "flake check" "" --no-build >"$work/check.log" 2>&1 || { tail -5 "$work/check.log" >&2; fail "nix flake check fails"; }
 build gemma3-270m-browser-base && fail "an unpinned source was built"
