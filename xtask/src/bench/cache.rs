@@ -32,6 +32,7 @@ pub fn run(root: &Path, gib: u64, rounds: u64) -> anyhow::Result<()> {
     for round in 1..=rounds {
         for side in SIDES {
             eprintln!("{side}, round {round}");
+            super::settle();
             let [up, down] = match side {
                 "anneal" => bench.ours()?,
                 _ => bench.theirs()?,

@@ -214,6 +214,7 @@ impl<'a> Bench<'a> {
                         vec![ours]
                     }
                 };
+                super::settle();
                 let mut sample = Sample::default();
                 for mut command in commands {
                     sample.used += measure(&mut command, &run.join("log"))?;
