@@ -26,7 +26,8 @@ pub enum Stage {
     Interop,
     /// The page, and each architecture's graphs, in headless Chromium, on WASM and WebGPU.
     Browser,
-    /// The page published to a stand-in for AWS, checked, and opened as CloudFront would serve it.
+    /// The page published to a stand-in for AWS, checked, and opened as CloudFront would serve it; and
+    /// behind nginx and Caddy.
     Publish,
     /// The demo as Nix packages: built in Nix's sandbox, to the same bytes.
     Nix,

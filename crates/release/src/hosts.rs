@@ -7,7 +7,7 @@ use std::fmt::Write;
 
 use serde_json::json;
 
-use crate::headers::{ALWAYS, ASK_AGAIN, FOR_EVER, HASHED};
+use crate::headers::{ALWAYS, ASK_AGAIN, FOR_EVER, HASHED, TYPES};
 
 /// Where the files for servers of one's own lie.
 const FOLDER: &str = "hosts/";
@@ -60,15 +60,15 @@ fn nginx() -> String {
         .iter()
         .map(|(name, value)| format!("    add_header {name} \"{value}\" always;\n"))
         .collect();
+    let types: String =
+        TYPES.iter().map(|(ending, kind)| format!("    \"{kind}\" {ending};\n")).collect();
     let folders = HASHED.map(|folder| folder.trim_end_matches('/')).join("|");
     format!(
         "# Inside `server {{ … }}`, whose `root` is the site's folder.\n\
-         location / {{\n{always}    add_header Cache-Control \"{ASK_AGAIN}\" always;\n\
-         \x20   types {{ text/html html; text/javascript js mjs; application/json json; text/plain txt; }}\n}}\n\
-         location ~ ^/({folders})/ {{\n{always}    add_header Cache-Control \"{FOR_EVER}\";\n\
-         \x20   types {{ text/css css; text/javascript js mjs; application/wasm wasm; \
-         application/json json; image/svg+xml svg; text/plain txt; }}\n\
-         \x20   default_type application/octet-stream;\n}}\n"
+         types {{\n{types}}}\n\
+         default_type application/octet-stream;\n\
+         location / {{\n{always}    add_header Cache-Control \"{ASK_AGAIN}\" always;\n}}\n\
+         location ~ ^/({folders})/ {{\n{always}    add_header Cache-Control \"{FOR_EVER}\";\n}}\n"
     )
 }
 
