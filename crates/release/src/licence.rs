@@ -86,6 +86,60 @@ const TERMS: &[Terms] = &[
     },
 ];
 
+/// Identifiers of SPDX that are the hub's but for capitals.
+const SPDX: &[&str] = &[
+    "AFL-3.0",
+    "AGPL-3.0",
+    "Apache-2.0",
+    "Artistic-2.0",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "BSD-3-Clause-Clear",
+    "BSL-1.0",
+    "CC-BY-2.0",
+    "CC-BY-2.5",
+    "CC-BY-3.0",
+    "CC-BY-4.0",
+    "CC-BY-NC-2.0",
+    "CC-BY-NC-3.0",
+    "CC-BY-NC-4.0",
+    "CC-BY-NC-ND-3.0",
+    "CC-BY-NC-ND-4.0",
+    "CC-BY-NC-SA-2.0",
+    "CC-BY-NC-SA-3.0",
+    "CC-BY-NC-SA-4.0",
+    "CC-BY-ND-4.0",
+    "CC-BY-SA-3.0",
+    "CC-BY-SA-4.0",
+    "CC0-1.0",
+    "ECL-2.0",
+    "EPL-1.0",
+    "EPL-2.0",
+    "EUPL-1.1",
+    "EUPL-1.2",
+    "GPL-2.0",
+    "GPL-3.0",
+    "ISC",
+    "LGPL-2.1",
+    "LGPL-3.0",
+    "LPPL-1.3c",
+    "MIT",
+    "MPL-2.0",
+    "MS-PL",
+    "NCSA",
+    "OFL-1.1",
+    "OSL-3.0",
+    "PostgreSQL",
+    "Unlicense",
+    "WTFPL",
+    "Zlib",
+];
+
+/// SPDX's identifier of what the hub calls `license`; none where SPDX knows no such licence.
+pub fn spdx(license: &str) -> Option<&'static str> {
+    SPDX.iter().find(|id| id.eq_ignore_ascii_case(license)).copied()
+}
+
 /// What must be there and is not, given all that is handed on: file names and their texts.
 pub fn lacks(licence: Option<&Licence>, texts: &[(String, String)]) -> Vec<String> {
     let Some(Licence { of, license }) = licence else {
@@ -119,6 +173,13 @@ mod tests {
         let licence = Licence { of: "a/b".into(), license: license.into() };
         let texts: Vec<_> = texts.iter().map(|(n, t)| (n.to_string(), t.to_string())).collect();
         lacks(Some(&licence), &texts).len()
+    }
+
+    #[test]
+    fn spdx_knows_some_of_the_hubs_licences() {
+        assert_eq!(spdx("apache-2.0"), Some("Apache-2.0"));
+        assert_eq!(spdx("unlicense"), Some("Unlicense"));
+        assert_eq!(spdx("gemma"), None);
     }
 
     #[test]

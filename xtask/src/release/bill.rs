@@ -118,7 +118,11 @@ fn artifact(made: &Made, all: &[Made]) -> Value {
         ],
     });
     if let Some(licence) = &made.licence {
-        component["licenses"] = json!([{"license": {"name": licence}}]);
+        let named = match ::release::licence::spdx(licence) {
+            Some(id) => json!({"id": id}),
+            None => json!({"name": licence}),
+        };
+        component["licenses"] = json!([{"license": named}]);
     }
     match component["type"].as_str() {
         Some("machine-learning-model") => component["modelCard"] = card(made, all),

@@ -39,6 +39,20 @@ fn rescale(dir: &Path) {
     });
 }
 
+/// A golden model as llama.cpp can compute it, and tokens up to where its windows are the model's.
+fn computable(name: &str, dir: &Path) -> (Config, Vec<u32>) {
+    let config = folder(name, dir, |config| match name {
+        "gemma3" => config["query_pre_attn_scalar"] = json!(16),
+        // Its smallest context is longer than 23 positions and would get the long factors.
+        "phi3" | "phi3-short" => config["original_max_position_embeddings"] = json!(4096),
+        _ => {}
+    });
+    let window = config.windows.iter().flatten().min().copied();
+    let within = if name == "gemma3" { 23 } else { window.unwrap_or(23).min(23) };
+    let ids = (0..within).map(|i| (i * i * 7 + 3) as u32 % 40).collect();
+    (config, ids)
+}
+
 /// Σ p ln(p / q), in nats.
 fn divergence(p: &[f32], q: &[f32]) -> f64 {
     let logs = |x: &[f32]| -> Vec<f64> {
@@ -107,18 +121,10 @@ fn bfloat16_is_as_close_as_llama_cpp_computes() {
     for name in ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3-short"] {
         let dir = tempfile::tempdir().unwrap();
         let model = dir.path().join("model");
-        let config = folder(name, &model, |config| match name {
-            "gemma3" => config["query_pre_attn_scalar"] = json!(16),
-            // As above: the factors of short rows.
-            "phi3-short" => config["original_max_position_embeddings"] = json!(4096),
-            _ => {}
-        });
+        let (config, ids) = computable(name, &model);
         narrow(&model);
-        // The longest row within which llama.cpp's windows are the model's.
-        let within = if name == "gemma3" { 23 } else { window(&config).unwrap_or(23).min(23) };
-        let ids: Vec<u32> = (0..within).map(|i| (i * i * 7 + 3) as u32 % 40).collect();
         let weights = Weights::open(&model).unwrap();
-        let expected = reference::logits(&config, &weights, &ids, 0..within).unwrap();
+        let expected = reference::logits(&config, &weights, &ids, 0..ids.len()).unwrap();
         // Seen: 4e-5 and, but for Gemma's table of GELUs (6e-8), 5e-13.
         for (quant, most) in [("BF16", 1e-4), ("F32", 1e-6)] {
             let (path, _) = exported(dir.path(), quant, 2).unwrap();
@@ -126,7 +132,7 @@ fn bfloat16_is_as_close_as_llama_cpp_computes() {
             let logits = model.logits(&ids).unwrap();
             let expected = expected.chunks(config.vocab_size);
             let apart = logits.iter().zip(expected).map(|(a, b)| divergence(b, a));
-            let mean = apart.sum::<f64>() / within as f64;
+            let mean = apart.sum::<f64>() / ids.len() as f64;
             assert!(mean < most, "{name} {quant}: {mean:.2e}");
         }
     }
@@ -139,16 +145,10 @@ fn an_adapter_adds_what_a_merge_would() {
     for name in ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3"] {
         let dir = tempfile::tempdir().unwrap();
         let model = dir.path().join("model");
-        let config = folder(name, &model, |config| match name {
-            "gemma3" => config["query_pre_attn_scalar"] = json!(16),
-            "phi3" => config["original_max_position_embeddings"] = json!(4096),
-            _ => {}
-        });
+        let (config, ids) = computable(name, &model);
         let (base, _) = exported(dir.path(), "F32", 2).unwrap();
-        let within = if name == "gemma3" { 23 } else { window(&config).unwrap_or(23).min(23) };
-        let ids: Vec<u32> = (0..within).map(|i| (i * i * 7 + 3) as u32 % 40).collect();
-        let alone = reference::logits(&config, &Weights::open(&model).unwrap(), &ids, 0..within);
-        let alone = alone.unwrap();
+        let weights = Weights::open(&model).unwrap();
+        let alone = reference::logits(&config, &weights, &ids, 0..ids.len()).unwrap();
         for which in ["first", "second"] {
             let own = dir.path().join(which);
             std::fs::create_dir(&own).unwrap();
@@ -168,22 +168,18 @@ fn an_adapter_adds_what_a_merge_would() {
                 }
             });
             let merged = Weights::open(&merged).unwrap();
-            let expected = reference::logits(&config, &merged, &ids, 0..within).unwrap();
+            let expected = reference::logits(&config, &merged, &ids, 0..ids.len()).unwrap();
             let mut adapted = Model::load_adapted(&base, &file, 1, Attention::Exact).unwrap();
             let logits = adapted.logits(&ids).unwrap();
             let mean = |of: &[f32]| {
                 let of = of.chunks(config.vocab_size);
                 let apart = logits.iter().zip(of).map(|(a, b)| divergence(b, a));
-                apart.sum::<f64>() / within as f64
+                apart.sum::<f64>() / ids.len() as f64
             };
             let (kl, unchanged) = (mean(&expected), mean(&alone));
             assert!(kl < 1e-6 && unchanged > 1e-3, "{name} {which}: {kl:.2e} {unchanged:.2e}");
         }
     }
-}
-
-fn window(config: &Config) -> Option<usize> {
-    config.windows.iter().flatten().min().copied()
 }
 
 /// Rounds the weights of a folder to bfloat16.
