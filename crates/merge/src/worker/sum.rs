@@ -243,33 +243,52 @@ fn int8(values: &[f32], out: &mut [u8], back: &mut [f32]) -> u16 {
     scale
 }
 
-/// Eight sums side by side, then one: in an order that no number of threads changes.
+/// Eight sums side by side, then one: in an order that no number of threads changes. Each of the
+/// three by itself, since all in one loop are not computed in eight lanes.
 #[inline(always)]
 fn squares(weight: &[f32], change: &[f32], merged: &[f32]) -> Squares {
+    let (w, w_rest) = lanes(weight);
+    let (d, d_rest) = lanes(change);
+    let (r, r_rest) = lanes(merged);
     let mut sums = [[0.0f64; 8]; 3];
-    let (w, w_rest) = weight.as_chunks::<8>();
-    let (d, d_rest) = change.as_chunks::<8>();
-    let (r, r_rest) = merged.as_chunks::<8>();
-    for ((w, d), r) in w.iter().zip(d).zip(r) {
-        add_squares(w, d, r, &mut sums);
+    let [of_w, of_d, lost] = &mut sums;
+    for w in w {
+        add_square(of_w, w);
     }
-    let padded = [w_rest, d_rest, r_rest].map(|rest| {
-        let mut padded = [0.0; 8];
-        padded[..rest.len()].copy_from_slice(rest);
-        padded
-    });
-    add_squares(&padded[0], &padded[1], &padded[2], &mut sums);
+    add_square(of_w, &w_rest);
+    for d in d {
+        add_square(of_d, d);
+    }
+    add_square(of_d, &d_rest);
+    for ((w, d), r) in w.iter().zip(d).zip(r) {
+        add_lost(lost, w, d, r);
+    }
+    add_lost(lost, &w_rest, &d_rest, &r_rest);
     sums.map(|lanes| lanes.iter().sum())
 }
 
+/// A row by eights, and what is left over, with zeros.
 #[inline(always)]
-fn add_squares(w: &[f32; 8], d: &[f32; 8], r: &[f32; 8], sums: &mut [[f64; 8]; 3]) {
+fn lanes(row: &[f32]) -> (&[[f32; 8]], [f32; 8]) {
+    let (whole, rest) = row.as_chunks::<8>();
+    let mut padded = [0.0; 8];
+    padded[..rest.len()].copy_from_slice(rest);
+    (whole, padded)
+}
+
+#[inline(always)]
+fn add_square(sums: &mut [f64; 8], x: &[f32; 8]) {
     for i in 0..8 {
-        let [w, d, r] = [w[i], d[i], r[i]].map(f64::from);
-        let lost = r - w - d;
-        sums[0][i] += w * w;
-        sums[1][i] += d * d;
-        sums[2][i] += lost * lost;
+        let x = f64::from(x[i]);
+        sums[i] += x * x;
+    }
+}
+
+#[inline(always)]
+fn add_lost(sums: &mut [f64; 8], w: &[f32; 8], d: &[f32; 8], r: &[f32; 8]) {
+    for i in 0..8 {
+        let lost = f64::from(r[i]) - f64::from(w[i]) - f64::from(d[i]);
+        sums[i] += lost * lost;
     }
 }
 
