@@ -25,6 +25,8 @@ if [ ! -e "$to/llama.cpp/ready" ]; then
     mv "$to"/sdist/llama_cpp_python-*/vendor/llama.cpp "$to/llama.cpp"
     cmake -S "$to/llama.cpp" -B "$to/llama.cpp/build" -DCMAKE_BUILD_TYPE=Release \
         -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF > /dev/null
-    cmake --build "$to/llama.cpp/build" --target llama-quantize --parallel 2 > /dev/null
+    # It warns by the thousand.
+    cmake --build "$to/llama.cpp/build" --target llama-quantize --parallel 2 > "$to/build.log" 2>&1 ||
+        { tail -20 "$to/build.log" >&2; exit 1; }
     touch "$to/llama.cpp/ready"
 fi
