@@ -37,8 +37,8 @@ pub fn is_built(architecture: &str, built: &[&str]) -> Result<(), Refusal> {
 
 /// Refuses inputs of an architecture that is not built.
 pub fn are_built<'a>(inputs: impl IntoIterator<Item = &'a KnownInput>) -> Result<(), Refusal> {
-    let known = inputs.into_iter().filter_map(|input| input.facts.architecture.as_deref());
-    known.into_iter().try_for_each(|architecture| is_built(architecture, ARCHITECTURES))
+    let mut known = inputs.into_iter().filter_map(|input| input.facts.architecture.as_deref());
+    known.try_for_each(|architecture| is_built(architecture, ARCHITECTURES))
 }
 
 /// `llama is`, `llama, mistral and qwen2 are`: how a refusal ends.
