@@ -189,7 +189,7 @@ pub enum Command {
     Schema,
     /// Completions for a shell, to be sourced.
     Completions { shell: clap_complete::Shell },
-    /// The whole test suite: format, lints, unit, workers, end to end, browser.
+    /// The whole test suite: format, lints, unit, workers, end to end, other readers, browser, publishing, Nix.
     Test {
         /// Only these stages.
         #[arg(value_enum)]
