@@ -104,14 +104,7 @@ fn run_stage(sh: &Shell, root: &Path, stage: Stage) -> anyhow::Result<()> {
             let engine = engine::Engine::open(root, crate::registry::REGISTRY)?;
             for (features, tools) in WORKERS {
                 let _env = with_tools(sh, &engine, tools)?;
-                let which: Vec<&str> = features
-                    .iter()
-                    .flat_map(|feature| {
-                        let (package, _) = feature.split_once('/').expect("package/feature");
-                        ["--package", package, "--features", feature]
-                    })
-                    .collect();
-                let which = &which;
+                let which = &selection(features);
                 cmd!(sh, "cargo clippy --locked --release {which...} --all-targets -- -D warnings")
                     .run()?;
                 cmd!(sh, "cargo test --locked --release --quiet {which...}").run()?;
@@ -132,6 +125,15 @@ fn run_stage(sh: &Shell, root: &Path, stage: Stage) -> anyhow::Result<()> {
         Stage::Nix => cmd!(sh, "bash tests/nix/run.sh").run()?,
     }
     Ok(())
+}
+
+/// How cargo is told to take these packages with these features.
+fn selection<'a>(features: &[&'a str]) -> Vec<&'a str> {
+    let of = |feature: &&'a str| {
+        let (package, _) = feature.split_once('/').expect("package/feature");
+        ["--package", package, "--features", feature]
+    };
+    features.iter().flat_map(of).collect()
 }
 
 /// Sets the variables that the tools ask for, fetching those that are missing.
@@ -158,13 +160,9 @@ mod tests {
     /// of `features` has them.
     fn beneath_the_sdk(features: &[&str]) -> BTreeSet<String> {
         let sh = Shell::new().unwrap();
-        let which: Vec<&str> = features
-            .iter()
-            .flat_map(|f| ["--package", f.split_once('/').unwrap().0, "--features", f])
-            .collect();
         let tree = cmd!(sh, "cargo tree --locked --no-dedupe --prefix depth --format")
             .arg(" {p} {f}")
-            .args(which)
+            .args(selection(features))
             .ignore_stderr()
             .read()
             .unwrap();
