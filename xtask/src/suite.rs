@@ -33,12 +33,15 @@ pub enum Stage {
     Nix,
 }
 
+/// Packages that only workers use.
+const HEAVY: &[&str] = &["graph", "reference", "runtime"];
+
 /// Packages whose real work is behind features: features by package, tools needed to compile them.
 /// One line is one call of cargo. The three that link llama.cpp share theirs: apart, they would
 /// agree on other features of its build script's crates, and compile it twice.
 const WORKERS: &[(&[&str], &[&str])] = &[
     (&["checkpoint/weights", "checkpoint/chat"], &[]),
-    (&["runtime/worker"], &["onnxruntime"]),
+    (&["graph", "reference", "runtime/worker"], &["onnxruntime"]),
     (&["source/worker"], &[]),
     (&["dataset/worker"], &[]),
     (&["train/worker"], &["libtorch"]),
@@ -53,7 +56,7 @@ const WORKERS: &[(&[&str], &[&str])] = &[
     (&["command/worker"], &[]),
     (&["serve/worker"], &[]),
     // The AWS SDK is compiled once for all three.
-    (&["s3/testing", "cache/testing", "publish/worker"], &[]),
+    (&["s3/testing", "cache/testing", "publish/testing"], &[]),
 ];
 
 pub fn run(root: &Path, stages: &[Stage]) -> anyhow::Result<ExitCode> {
@@ -92,14 +95,17 @@ pub fn run(root: &Path, stages: &[Stage]) -> anyhow::Result<ExitCode> {
 }
 
 fn run_stage(sh: &Shell, root: &Path, stage: Stage) -> anyhow::Result<()> {
+    let without = &HEAVY.iter().flat_map(|package| ["--exclude", package]).collect::<Vec<_>>();
     match stage {
         Stage::Format => cmd!(sh, "cargo fmt --all --check").run()?,
         Stage::Lint => cmd!(
             sh,
-            "cargo clippy --locked --workspace --all-targets --features xtask/demo -- -D warnings"
+            "cargo clippy --locked --workspace {without...} --all-targets --features xtask/demo -- -D warnings"
         )
         .run()?,
-        Stage::Unit => cmd!(sh, "cargo test --locked --workspace --quiet").run()?,
+        Stage::Unit => {
+            cmd!(sh, "cargo test --locked --workspace {without...} --quiet").run()?
+        }
         Stage::Workers => {
             let engine = engine::Engine::open(root, crate::registry::REGISTRY)?;
             for (features, tools) in WORKERS {
@@ -129,9 +135,9 @@ fn run_stage(sh: &Shell, root: &Path, stage: Stage) -> anyhow::Result<()> {
 
 /// How cargo is told to take these packages with these features.
 fn selection<'a>(features: &[&'a str]) -> Vec<&'a str> {
-    let of = |feature: &&'a str| {
-        let (package, _) = feature.split_once('/').expect("package/feature");
-        ["--package", package, "--features", feature]
+    let of = |feature: &&'a str| match feature.split_once('/') {
+        Some((package, _)) => vec!["--package", package, "--features", feature],
+        None => vec!["--package", feature],
     };
     features.iter().flat_map(of).collect()
 }
@@ -156,44 +162,54 @@ mod tests {
 
     use super::*;
 
-    /// The crates beneath the AWS SDK, it included, each with its version and features, as a build
-    /// of `features` has them.
-    fn beneath_the_sdk(features: &[&str]) -> BTreeSet<String> {
+    /// What takes a minute and more to compile, and the tests that have all that anyone asks of it:
+    /// see `agreed` in crates/checkpoint/Cargo.toml and in crates/s3/Cargo.toml.
+    const COSTLY: &[(&str, &str)] = &[("tokenizers ", "checkpoint/chat"), ("aws-", "s3/testing")];
+
+    /// What `cargo tree` lists for these packages with these features.
+    fn tree(features: &[&str], edges: &str) -> String {
         let sh = Shell::new().unwrap();
-        let tree = cmd!(sh, "cargo tree --locked --no-dedupe --prefix depth --format")
+        cmd!(sh, "cargo tree --locked --no-dedupe --prefix depth --edges {edges} --format")
             .arg(" {p} {f}")
             .args(selection(features))
             .ignore_stderr()
             .read()
-            .unwrap();
-        let mut sdk = None;
+            .unwrap()
+    }
+
+    /// The crates beneath those whose name starts with `top`, they included, with their features.
+    fn beneath<'a>(top: &str, tree: &'a str) -> BTreeSet<&'a str> {
+        let mut above = None;
         let mut found = BTreeSet::new();
         for (depth, krate) in tree.lines().filter_map(|line| line.split_once(' ')) {
             let depth: u32 = depth.parse().unwrap();
-            let outside = sdk.is_none_or(|sdk| depth <= sdk);
-            if outside {
-                sdk = krate.starts_with("aws-").then_some(depth);
+            if above.is_none_or(|above| depth <= above) {
+                above = krate.starts_with(top).then_some(depth);
             }
-            if sdk.is_some() {
-                found.insert(krate.to_string());
+            if above.is_some() {
+                found.insert(krate);
             }
         }
-        assert!(found.iter().any(|krate| krate.starts_with("aws-sdk-s3 ")), "{tree}");
         found
     }
 
-    /// `agreed` in crates/s3/Cargo.toml: the SDK takes minutes to compile.
     #[test]
-    fn workers_and_tests_share_one_build_of_the_sdk() {
-        let (tests, _) = WORKERS.last().unwrap();
-        let all = beneath_the_sdk(tests);
-        for worker in ["cache/worker", "publish/worker"] {
-            let alone = beneath_the_sdk(&[worker]);
-            let differing: Vec<_> = alone.difference(&all).collect();
-            assert!(
-                differing.is_empty(),
-                "{worker} alone has other features than the tests: {differing:#?}"
-            );
+    fn tests_and_workers_share_one_build_of_what_is_costly() {
+        let families = crate::registry::REGISTRY.families.iter().map(|family| family.name);
+        let workers: Vec<String> =
+            families.chain(["cache"]).map(|family| format!("{family}/worker")).collect();
+        let tests = WORKERS.iter().map(|(line, _)| (line.to_vec(), "normal,build,dev"));
+        let alone = workers.iter().map(|worker| (vec![worker.as_str()], "normal,build"));
+        let trees: Vec<_> =
+            tests.chain(alone).map(|(line, edges)| (tree(&line, edges), line)).collect();
+        for (top, first) in COSTLY {
+            let (all, _) = trees.iter().find(|(_, line)| line.contains(first)).unwrap();
+            let all = beneath(top, all);
+            assert!(!all.is_empty());
+            for (tree, line) in &trees {
+                let again: Vec<_> = beneath(top, tree).difference(&all).copied().collect();
+                assert!(again.is_empty(), "{line:?} would compile {top} again: {again:#?}");
+            }
         }
     }
 }
