@@ -324,7 +324,7 @@ mod tests {
 
     fn encoded(values: &[f32], dtype: Dtype) -> Vec<u8> {
         let mut bytes = vec![0; values.len() * dtype.bitsize() / 8];
-        crate::sum::encode(values, dtype, &mut bytes);
+        crate::sum::store(values, dtype, &mut bytes, &mut vec![0.0; values.len()]);
         bytes
     }
 

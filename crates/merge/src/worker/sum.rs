@@ -43,17 +43,33 @@ impl Rows<'_> {
         self.bytes.len() * 8 / self.dtype.bitsize()
     }
 
+    /// Each of them, and its place in `out`.
+    fn each<'o>(
+        self,
+        stored: Stored,
+        out: &'o mut [u8],
+    ) -> impl Iterator<Item = (&'o [u8], &'o mut [u8])>
+    where
+        Self: 'o,
+    {
+        let row_bytes = self.columns * self.dtype.bitsize() / 8;
+        self.bytes.chunks_exact(row_bytes).zip(out.chunks_exact_mut(stored.row_bytes(self.columns)))
+    }
+
     /// Fails where a value is no number, or infinite.
     pub fn check(self) -> Result<Merged, Wrong> {
         // A type's exponent, all ones: neither has another.
         fn finite<const N: usize>(bytes: &[u8], ones: impl Fn([u8; N]) -> bool) -> bool {
             bytes.as_chunks().0.iter().fold(true, |finite, bytes| finite & !ones(*bytes))
         }
-        let finite = match self.dtype {
-            Dtype::BF16 => finite(self.bytes, |b| u16::from_le_bytes(b) & 0x7F80 == 0x7F80),
-            Dtype::F16 => finite(self.bytes, |b| u16::from_le_bytes(b) & 0x7C00 == 0x7C00),
-            _ => finite(self.bytes, |b| u32::from_le_bytes(b) & 0x7F80_0000 == 0x7F80_0000),
-        };
+        let finite = widest(
+            #[inline(always)]
+            || match self.dtype {
+                Dtype::BF16 => finite(self.bytes, |b| u16::from_le_bytes(b) & 0x7F80 == 0x7F80),
+                Dtype::F16 => finite(self.bytes, |b| u16::from_le_bytes(b) & 0x7C00 == 0x7C00),
+                _ => finite(self.bytes, |b| u32::from_le_bytes(b) & 0x7F80_0000 == 0x7F80_0000),
+            },
+        );
         match finite {
             true => Ok(Merged::default()),
             false => {
@@ -93,23 +109,31 @@ pub struct Merged {
 /// What rows are computed in, kept from block to block.
 #[derive(Default)]
 pub struct Buffers {
-    weight: Vec<f32>,
+    /// What is added to the rows at hand; that of one adapter of several.
     change: Vec<f32>,
-    sum: Vec<f32>,
-    /// The change of one adapter of several; then what comes back of the merged rows.
     other: Vec<f32>,
     tile: Vec<f32>,
+    /// One row, so that all that is done to it finds it in the nearest cache: the base's, merged, and
+    /// what comes back of what is stored.
+    weight: Vec<f32>,
+    sum: Vec<f32>,
+    back: Vec<f32>,
 }
 
 impl Buffers {
     /// The rows as `stored` in `out`.
     pub fn convert(&mut self, rows: Rows, stored: Stored, out: &mut [u8]) -> Result<Merged, Wrong> {
-        self.sum.resize(rows.values(), 0.0);
-        decode(rows.bytes, rows.dtype, &mut self.sum);
-        Ok(Merged { squares: Vec::new(), scales: self.round(rows, stored, out)? })
+        let mut merged = Merged::default();
+        self.sum.resize(rows.columns, 0.0);
+        for (at, (row, out)) in rows.each(stored, out).enumerate() {
+            decode(row, rows.dtype, &mut self.sum);
+            merged.scales.extend(self.round(rows.first + at, stored, out)?);
+        }
+        Ok(merged)
     }
 
-    /// The rows with what `changes` add to them as `stored` in `out`.
+    /// The rows with what `changes` add to them as `stored` in `out`. The same operations in the same
+    /// order on every machine: Rust never fuses or reorders them.
     pub fn merge(
         &mut self,
         rows: Rows,
@@ -117,46 +141,12 @@ impl Buffers {
         stored: Stored,
         out: &mut [u8],
     ) -> Result<Merged, Wrong> {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if std::is_x86_feature_detected!("avx512f") && std::is_x86_feature_detected!("avx512bw")
-            {
-                // SAFETY: the features were just found.
-                return unsafe { self.merge_avx512(rows, changes, stored, out) };
-            }
-            if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
-                // SAFETY: both features were just found.
-                return unsafe { self.merge_avx2(rows, changes, stored, out) };
-            }
-        }
-        self.merge_any(rows, changes, stored, out)
+        widest(
+            #[inline(always)]
+            || self.merge_any(rows, changes, stored, out),
+        )
     }
 
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx2,fma")]
-    fn merge_avx512(
-        &mut self,
-        rows: Rows,
-        changes: &[Change],
-        stored: Stored,
-        out: &mut [u8],
-    ) -> Result<Merged, Wrong> {
-        self.merge_any(rows, changes, stored, out)
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma")]
-    fn merge_avx2(
-        &mut self,
-        rows: Rows,
-        changes: &[Change],
-        stored: Stored,
-        out: &mut [u8],
-    ) -> Result<Merged, Wrong> {
-        self.merge_any(rows, changes, stored, out)
-    }
-
-    /// The same operations in the same order on every machine: Rust never fuses or reorders them.
     #[inline(always)]
     fn merge_any(
         &mut self,
@@ -165,60 +155,73 @@ impl Buffers {
         stored: Stored,
         out: &mut [u8],
     ) -> Result<Merged, Wrong> {
-        self.weight.resize(rows.values(), 0.0);
-        decode(rows.bytes, rows.dtype, &mut self.weight);
-        let Self { weight, change, sum, other, tile } = &mut *self;
+        let Self { change, other, tile, .. } = &mut *self;
         for (i, one) in changes.iter().enumerate() {
             let into = if i == 0 { &mut *change } else { &mut *other };
-            into.resize(weight.len(), 0.0);
+            into.resize(rows.values(), 0.0);
             product(one, rows.first, rows.columns, tile, into);
             if i > 0 {
                 change.iter_mut().zip(&*other).for_each(|(sum, x)| *sum += x);
             }
         }
-        sum.clear();
-        sum.extend(weight.iter().zip(&*change).map(|(w, d)| w + d));
-        let scales = self.round(rows, stored, out)?;
-        let mut squares_of = Vec::with_capacity(self.weight.len() / rows.columns);
-        for from in (0..self.weight.len()).step_by(rows.columns) {
-            let row = from..from + rows.columns;
-            let [weight, change, rounded] =
-                [&self.weight, &self.change, &self.other].map(|values| &values[row.clone()]);
-            squares_of.push(squares(weight, change, rounded));
+        let mut merged = Merged::default();
+        self.weight.resize(rows.columns, 0.0);
+        for (at, (row, out)) in rows.each(stored, out).enumerate() {
+            let change = at * rows.columns..(at + 1) * rows.columns;
+            decode(row, rows.dtype, &mut self.weight);
+            self.sum.clear();
+            self.sum
+                .extend(self.weight.iter().zip(&self.change[change.clone()]).map(|(w, d)| w + d));
+            merged.scales.extend(self.round(rows.first + at, stored, out)?);
+            merged.squares.push(squares(&self.weight, &self.change[change], &self.back));
         }
-        Ok(Merged { squares: squares_of, scales })
+        Ok(merged)
     }
 
-    /// What was summed, as `stored` in `out`; what comes back of it in `other`. The scales of rows.
+    /// The row that was summed, as `stored` in `out`, and `back`; its scale, if it has one.
     #[inline(always)]
-    fn round(&mut self, rows: Rows, stored: Stored, out: &mut [u8]) -> Result<Vec<u16>, Wrong> {
-        let mut scales = Vec::new();
-        self.other.resize(self.sum.len(), 0.0);
-        match stored {
+    fn round(&mut self, row: usize, stored: Stored, out: &mut [u8]) -> Result<Option<u16>, Wrong> {
+        let Self { sum, back, .. } = self;
+        back.resize(sum.len(), 0.0);
+        let scale = match stored {
             Stored::Float(dtype) => {
-                encode(&self.sum, dtype, out);
-                decode(out, dtype, &mut self.other);
+                store(sum, dtype, out, back);
+                None
             }
-            Stored::Int8 => {
-                let sums = self.sum.chunks_exact(rows.columns);
-                let back = self.other.chunks_exact_mut(rows.columns);
-                let out = out.chunks_exact_mut(stored.row_bytes(rows.columns));
-                for ((sums, back), out) in sums.zip(back).zip(out) {
-                    scales.push(int8(sums, out, back));
-                }
-            }
-        }
-        if all_finite(&self.other) {
-            return Ok(scales);
-        }
-        let at = self.other.iter().position(|x| !x.is_finite()).expect("one is not finite");
-        let at = match self.sum.iter().position(|x| !x.is_finite()) {
-            Some(broken) => broken,
-            None => at,
+            Stored::Int8 => Some(int8(sum, out, back)),
         };
-        let (row, column) = (rows.first + at / rows.columns, at % rows.columns);
-        Err(Wrong { row, column, value: self.sum[at] })
+        if all_finite(back) {
+            return Ok(scale);
+        }
+        let wrong = |values: &[f32]| values.iter().position(|x| !x.is_finite());
+        let column = wrong(sum).or_else(|| wrong(back)).expect("one is not finite");
+        Err(Wrong { row, column, value: sum[column] })
     }
+}
+
+/// Does `work` with the widest vectors that this processor has. All of it has to be inlined.
+#[inline(always)]
+fn widest<R>(work: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx2,fma")]
+        fn avx512<R>(work: impl FnOnce() -> R) -> R {
+            work()
+        }
+        #[target_feature(enable = "avx2,fma")]
+        fn avx2<R>(work: impl FnOnce() -> R) -> R {
+            work()
+        }
+        if std::is_x86_feature_detected!("avx512f") && std::is_x86_feature_detected!("avx512bw") {
+            // SAFETY: the features were just found.
+            return unsafe { avx512(work) };
+        }
+        if std::is_x86_feature_detected!("avx2") && std::is_x86_feature_detected!("fma") {
+            // SAFETY: both features were just found.
+            return unsafe { avx2(work) };
+        }
+    }
+    work()
 }
 
 /// A row in 8 bits, symmetric about 128, as compressed-tensors packs them: four to a word, low byte
@@ -243,53 +246,62 @@ fn int8(values: &[f32], out: &mut [u8], back: &mut [f32]) -> u16 {
     scale
 }
 
-/// Eight sums side by side, then one: in an order that no number of threads changes. Each of the
-/// three by itself, since all in one loop are not computed in eight lanes.
+/// In an order that no number of threads changes.
 #[inline(always)]
-fn squares(weight: &[f32], change: &[f32], merged: &[f32]) -> Squares {
+fn squares(weight: &[f32], change: &[f32], back: &[f32]) -> Squares {
+    let mut sums = [[0.0; LANES]; 3];
     let (w, w_rest) = lanes(weight);
     let (d, d_rest) = lanes(change);
-    let (r, r_rest) = lanes(merged);
-    let mut sums = [[0.0f64; 8]; 3];
-    let [of_w, of_d, lost] = &mut sums;
-    for w in w {
-        add_square(of_w, w);
-    }
-    add_square(of_w, &w_rest);
-    for d in d {
-        add_square(of_d, d);
-    }
-    add_square(of_d, &d_rest);
+    let (r, r_rest) = lanes(back);
     for ((w, d), r) in w.iter().zip(d).zip(r) {
-        add_lost(lost, w, d, r);
+        add_squares(&mut sums, w, d, r);
     }
-    add_lost(lost, &w_rest, &d_rest, &r_rest);
-    sums.map(|lanes| lanes.iter().sum())
+    add_squares(&mut sums, &w_rest, &d_rest, &r_rest);
+    let sums = sums.map(|lanes| lanes.iter().map(|x| f64::from(*x)).sum());
+    // Squares that a single holds in full. A row of zeros has none, and is seldom.
+    let [w, d, _]: Squares = sums;
+    if w < 1e30 && d > 1e-30 {
+        return sums;
+    }
+    let mut sums = Squares::default();
+    for ((w, d), r) in weight.iter().zip(change).zip(back) {
+        let [w, d, r] = [w, d, r].map(|x| f64::from(*x));
+        let lost = r - w - d;
+        sums.iter_mut().zip([w, d, lost]).for_each(|(sum, x)| *sum += x * x);
+    }
+    sums
 }
 
-/// A row by eights, and what is left over, with zeros.
+/// Sums side by side.
+const LANES: usize = 16;
+
 #[inline(always)]
-fn lanes(row: &[f32]) -> (&[[f32; 8]], [f32; 8]) {
-    let (whole, rest) = row.as_chunks::<8>();
-    let mut padded = [0.0; 8];
+fn add_squares(
+    [of_w, of_d, of_lost]: &mut [[f32; LANES]; 3],
+    w: &[f32; LANES],
+    d: &[f32; LANES],
+    r: &[f32; LANES],
+) {
+    for i in 0..LANES {
+        of_w[i] += w[i] * w[i];
+    }
+    for i in 0..LANES {
+        of_d[i] += d[i] * d[i];
+    }
+    for i in 0..LANES {
+        // Neighbours of few bits: their difference is exact.
+        let lost = (r[i] - w[i]) - d[i];
+        of_lost[i] += lost * lost;
+    }
+}
+
+/// A row by lanes, and what is left over, with zeros.
+#[inline(always)]
+fn lanes(row: &[f32]) -> (&[[f32; LANES]], [f32; LANES]) {
+    let (whole, rest) = row.as_chunks();
+    let mut padded = [0.0; LANES];
     padded[..rest.len()].copy_from_slice(rest);
     (whole, padded)
-}
-
-#[inline(always)]
-fn add_square(sums: &mut [f64; 8], x: &[f32; 8]) {
-    for i in 0..8 {
-        let x = f64::from(x[i]);
-        sums[i] += x * x;
-    }
-}
-
-#[inline(always)]
-fn add_lost(sums: &mut [f64; 8], w: &[f32; 8], d: &[f32; 8], r: &[f32; 8]) {
-    for i in 0..8 {
-        let lost = f64::from(r[i]) - f64::from(w[i]) - f64::from(d[i]);
-        sums[i] += lost * lost;
-    }
 }
 
 /// `out[o, j] = factor · Σ_k b[first + o, k] · a[k, j]`, k in order, fused.
@@ -300,17 +312,27 @@ fn product(change: &Change, first: usize, columns: usize, tile: &mut Vec<f32>, o
     for from in (0..columns).step_by(TILE[1]) {
         let width = TILE[1].min(columns - from);
         // The columns at hand, one below the other: beyond the last they are zero.
-        tile.clear();
         tile.resize(rank * TILE[1], 0.0);
-        for (tile, a) in tile.chunks_exact_mut(TILE[1]).zip(a.chunks_exact(columns)) {
-            tile[..width].copy_from_slice(&a[from..from + width]);
+        if width < TILE[1] {
+            tile.fill(0.0);
+        }
+        for (tile, a) in tile.as_chunks_mut().0.iter_mut().zip(a.chunks_exact(columns)) {
+            let a = &a[from..from + width];
+            match a.first_chunk::<{ TILE[1] }>() {
+                Some(a) => *tile = *a,
+                None => tile[..width].copy_from_slice(a),
+            }
         }
         for (b, out) in b.chunks(TILE[0] * rank).zip(out.chunks_mut(TILE[0] * columns)) {
             let mut sums = [[0.0; TILE[1]]; TILE[0]];
             tile_product(b, tile, *rank, &mut sums);
             for (sums, out) in sums.iter().zip(out.chunks_exact_mut(columns)) {
-                for (sum, out) in sums.iter().zip(&mut out[from..from + width]) {
-                    *out = sum * change.factor;
+                let out = &mut out[from..from + width];
+                match out.first_chunk_mut::<{ TILE[1] }>() {
+                    Some(out) => *out = sums.map(|sum| sum * change.factor),
+                    None => {
+                        out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum * change.factor)
+                    }
                 }
             }
         }
@@ -347,24 +369,29 @@ fn tile_product(b: &[f32], a: &[f32], rank: usize, sums: &mut [[f32; TILE[1]]; T
     *sums = [s0, s1, s2, s3];
 }
 
-/// Rounds to nearest, ties to even.
+/// Rounds to nearest, ties to even; what comes back of it in `back`.
 #[inline(always)]
-pub fn encode(values: &[f32], dtype: Dtype, out: &mut [u8]) {
+pub fn store(values: &[f32], dtype: Dtype, out: &mut [u8], back: &mut [f32]) {
     match dtype {
         Dtype::BF16 => {
-            for (x, out) in values.iter().zip(out.as_chunks_mut().0) {
-                *out = bf16(*x).to_le_bytes();
+            for ((x, out), back) in values.iter().zip(out.as_chunks_mut().0).zip(back) {
+                let stored = bf16(*x);
+                *out = stored.to_le_bytes();
+                *back = f32::from_bits(u32::from(stored) << 16);
             }
         }
         Dtype::F16 => {
-            for (x, out) in values.iter().zip(out.as_chunks_mut().0) {
-                *out = f16::from_f32(*x).to_le_bytes();
+            for ((x, out), back) in values.iter().zip(out.as_chunks_mut().0).zip(back) {
+                let stored = f16::from_f32(*x);
+                *out = stored.to_le_bytes();
+                *back = stored.to_f32();
             }
         }
         _ => {
             for (x, out) in values.iter().zip(out.as_chunks_mut().0) {
                 *out = x.to_le_bytes();
             }
+            back.copy_from_slice(values);
         }
     }
 }
