@@ -261,6 +261,36 @@ fn a_wrong_byte_in_the_bucket_is_a_miss() {
     }
 }
 
+/// Of a file in several pieces, the one that is broken is found, and sent again.
+#[test]
+fn the_broken_piece_of_a_large_file_is_told() {
+    let server = Server::start();
+    let shared = Shared::on(server.settings());
+    let recipe = "[shout]\nstep = \"demo/upper\"\ntext = \"./rows.txt\"\n";
+    let workspace = || {
+        let workspace = Workspace::new(recipe);
+        let rows: String = (0..400_000).map(|row: u64| format!("{:x}\n", row * row * 77)).collect();
+        workspace.write("recipes/rows.txt", &rows);
+        workspace
+    };
+    build(&workspace(), shared.remote(true), "r");
+    // What is smaller lies with a log, which tells the time.
+    let mut pieces = everything(&server, "chunks");
+    pieces.retain(|_, bytes| bytes.len() > 256 << 10);
+    assert!(pieces.len() > 1, "{:?}", pieces.keys());
+    for (name, bytes) in &pieces {
+        let path = server.files().join(name);
+        flip(&path);
+        let second = workspace();
+        let told = build(&second, shared.remote(true), "r");
+        assert_eq!(told.ran, ["shout"], "{told:?}");
+        let short = name.rsplit('/').next().unwrap();
+        assert!(told.said.contains(short), "{short}: {told:?}");
+        assert!(fs::read(path).unwrap() == *bytes);
+        assert_eq!(build(&workspace(), shared.remote(false), "r").fetched, ["shout"]);
+    }
+}
+
 fn flip(path: &std::path::Path) {
     let mut bytes = fs::read(path).unwrap();
     let middle = bytes.len() / 2;

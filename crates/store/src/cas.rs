@@ -285,16 +285,16 @@ impl Incoming<'_> {
         self.file.write_all(bytes).map_err(io("write", self.file.path()))
     }
 
-    /// Keeps it if it is the blob of this digest; says whether it is.
-    pub fn finish(self, digest: BlobDigest) -> Result<bool> {
+    /// Keeps it if it is the blob of this digest; else hands back all that came.
+    pub fn finish(self, digest: BlobDigest) -> Result<Result<(), File>> {
         let Self { store, file, hasher, size } = self;
         if hasher.finalize().as_bytes() != digest.as_bytes() {
-            return Ok(false);
+            return Ok(Err(file.into_file()));
         }
         if !store.has_sized(digest, size) {
             store.keep(file, digest)?;
         }
-        Ok(true)
+        Ok(Ok(()))
     }
 }
 

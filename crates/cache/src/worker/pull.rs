@@ -3,6 +3,7 @@
 //! Whatever is wrong with it makes it a miss with a reason, and the local store never sees it.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use s3::Bytes;
@@ -121,20 +122,28 @@ impl Remote {
             }
             let Some((part, task)) = travelling.pop_front() else { break };
             let (bytes, _memory) = task.await.expect("no fetch panics")?;
-            if part.whole && BlobDigest::of(&bytes) != part.chunk {
+            if bytes.len() as u64 != part.size {
                 return Err(self.damaged(part.chunk));
             }
             tokio::task::block_in_place(|| incoming.write(&bytes))?;
             progress.has(part.size, bytes.len() as u64);
         }
-        match incoming.finish(blob.digest)? {
-            true => Ok(()),
-            false => {
-                let mut damaged = self.damaged.lock().expect("no panic while holding it");
-                damaged.extend(blob.parts.iter().map(|part| part.chunk));
-                Err(Miss::Broken(format!("the bytes of {} are others", blob.digest.short())))
+        let Err(came) = tokio::task::block_in_place(|| incoming.finish(blob.digest))? else {
+            return Ok(());
+        };
+        // Which of them was it? Each byte is hashed once where all is well.
+        let mut at = 0;
+        for part in &blob.parts {
+            let mut bytes = vec![0; usize::try_from(part.size).expect("a part fits in memory")];
+            let read = came.read_exact_at(&mut bytes, at);
+            if part.whole && (read.is_err() || BlobDigest::of(&bytes) != part.chunk) {
+                return Err(self.damaged(part.chunk));
             }
+            at += part.size;
         }
+        let mut damaged = self.damaged.lock().expect("no panic while holding it");
+        damaged.extend(blob.parts.iter().map(|part| part.chunk));
+        Err(Miss::Broken(format!("the bytes of {} are others", blob.digest.short())))
     }
 
     /// The bytes of a part; none if its chunk is not there.
@@ -153,13 +162,20 @@ impl Remote {
         Ok(bytes.into())
     }
 
+    /// A chunk; a larger one than it can be is not what it was, and counts as lost.
     async fn chunk(&self, name: &str, limit: u64) -> Result<Option<Bytes>, Failure> {
-        match self.bucket.head(name).await? {
-            // A larger one is not what it was.
-            Some(object) if object.size <= limit => {
-                Ok(self.bucket.get(name, limit).await?.map(|(_, bytes)| bytes))
+        let limit = usize::try_from(limit).expect("a chunk fits in memory");
+        let (mut bytes, mut larger) = (Vec::with_capacity(limit), false);
+        let found = self.bucket.fetch(name, None, |piece| {
+            larger = bytes.len() + piece.len() > limit;
+            match larger {
+                true => Err(Failure::environment("")),
+                false => Ok(bytes.extend_from_slice(piece)),
             }
-            _ => Ok(None),
+        });
+        match found.await {
+            Err(_) if larger => Ok(None),
+            found => Ok(found?.map(|_| bytes.into())),
         }
     }
 
