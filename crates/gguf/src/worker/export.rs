@@ -1,13 +1,15 @@
 //! The work of `gguf/export`: keys from the folder's JSON, then tensor by tensor over mmap.
 //!
 //! Each row is encoded by one thread, so the bytes do not depend on how many there are. In memory
-//! are the keys and a few MiB of rows, whatever the size of the model. Tensors come in the order of
+//! are the keys and some MiB of rows, whatever the size of the model. Tensors come in the order of
 //! the checkpoint's layers, as from llama.cpp's converter; llama-quantize sorts them by name.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::{Context, Result};
 use checkpoint::config::Config;
@@ -33,6 +35,9 @@ use crate::tokenizer;
 /// them that one thread takes at a time.
 const PIECE: usize = 1 << 19;
 const SHARE: usize = 1 << 14;
+/// Bytes that are encoded while the tokenizer is read, which stands before them in the file: a large
+/// one takes as long as they do.
+const AHEAD: usize = 96 << 20;
 /// The values at hand, of each thread.
 type Values = [Mutex<Vec<f32>>];
 
@@ -43,8 +48,42 @@ pub fn run(job: &Job) -> Result<()> {
     keys::refuse(&config, &dir.join("config.json"))?;
     let weights = Weights::open(dir).map_err(Failure::from)?;
     weights.check(&config).map_err(Failure::from)?;
-    let tokenizer = tokenizer::read(dir, &config)?;
     let tensors = tensors::plan(&config, params.quant);
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build()?;
+    let values: Vec<Mutex<Vec<f32>>> = (0..job.threads()).map(|_| Mutex::default()).collect();
+    let mut encoding = tensors
+        .iter()
+        .enumerate()
+        .flat_map(|(at, tensor)| pieces(tensor).map(move |rows| (at, rows)));
+    let encode_piece = |(at, rows): (usize, Range<usize>), out: &mut Vec<u8>| -> Result<usize> {
+        let tensor: &Tensor = &tensors[at];
+        let source = weights.get(&tensor.source).map_err(Failure::from)?;
+        encode(tensor, &source, rows, &values, out)?;
+        weights.let_go(&tensor.source);
+        Ok(at)
+    };
+    let was_read = AtomicBool::new(false);
+    let (tokenizer, ahead) = threads.join(
+        || {
+            let read = tokenizer::read(dir, &config);
+            was_read.store(true, Relaxed);
+            read
+        },
+        || -> Result<Vec<Vec<u8>>> {
+            let (mut ahead, mut bytes) = (Vec::new(), 0);
+            while !was_read.load(Relaxed)
+                && bytes < AHEAD
+                && let Some(piece) = encoding.next()
+            {
+                let mut encoded = Vec::new();
+                encode_piece(piece, &mut encoded)?;
+                bytes += encoded.len();
+                ahead.push(encoded);
+            }
+            Ok(ahead)
+        },
+    );
+    let tokenizer = tokenizer?;
 
     let name = model_name(dir)?;
     let licence = Licence::read(dir)?;
@@ -59,31 +98,32 @@ pub fn run(job: &Job) -> Result<()> {
         let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         writer.write(&bytes)?;
     }
-    let threads = rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build()?;
-    // While a piece is encoded, the one before it is written.
-    let (mut encoded, mut ready) = (Vec::new(), Vec::new());
-    let values: Vec<Mutex<Vec<f32>>> = (0..job.threads()).map(|_| Mutex::default()).collect();
-    for (done, tensor) in tensors.iter().enumerate() {
-        let source = weights.get(&tensor.source).map_err(Failure::from)?;
-        for rows in pieces(tensor) {
-            let (encode, write) = threads.join(
-                || encode(tensor, &source, rows, &values, &mut encoded),
-                || writer.write(&ready),
-            );
-            write?;
-            encode?;
-            weights.let_go(&tensor.source);
-            std::mem::swap(&mut encoded, &mut ready);
-        }
+    for encoded in ahead? {
+        writer.write(&encoded)?;
+    }
+    let progress = |done: usize| {
         job.progress(Progress {
             phase: "export".into(),
-            done: done as u64 + 1,
+            done: done as u64,
             total: tensors.len() as u64,
             unit: "tensors".into(),
             ..Progress::default()
         });
+    };
+    // While a piece is encoded, the one before it is written.
+    let (mut encoded, mut ready) = (Vec::new(), Vec::new());
+    for piece in encoding {
+        let (at, write) =
+            threads.join(|| encode_piece(piece, &mut encoded), || writer.write(&ready));
+        write?;
+        progress(at?);
+        std::mem::swap(&mut encoded, &mut ready);
     }
-    writer.write(&ready)?;
+    progress(tensors.len());
+    // Of a small model all was encoded ahead.
+    if !ready.is_empty() {
+        writer.write(&ready)?;
+    }
     let bytes = writer.finish()?;
 
     checkpoint::copy_legal(dir, job.out()).map_err(Failure::from)?;
