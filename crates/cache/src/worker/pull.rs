@@ -6,7 +6,6 @@ use std::collections::{BTreeMap, VecDeque};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use s3::Bytes;
 use step::{ActionKey, ActionResult, BlobDigest, Failure};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinHandle;
@@ -36,7 +35,7 @@ impl From<store::StoreError> for Miss {
     }
 }
 
-type Travelling = JoinHandle<Result<(Bytes, OwnedSemaphorePermit), Failure>>;
+type Travelling = JoinHandle<Result<(Vec<u8>, OwnedSemaphorePermit), Failure>>;
 
 impl Remote {
     pub async fn pull(self: &Arc<Self>, key: ActionKey, tell: &Tell) -> Result<Done, Failure> {
@@ -116,17 +115,23 @@ impl Remote {
                     Err(_) => self.memory.clone().acquire_owned().await.expect("never closed"),
                 };
                 let (remote, wanted) = (self.clone(), part.clone());
-                let task = tokio::spawn(async move { Ok((remote.part(&wanted).await?, free)) });
+                let buffer = self.buffers.lock().expect("no panic while holding it").pop();
+                let fetch = async move {
+                    Ok((remote.part(&wanted, buffer.unwrap_or_default()).await?, free))
+                };
+                let task = tokio::spawn(fetch);
                 travelling.push_back((part, task));
                 next = parts.next();
             }
             let Some((part, task)) = travelling.pop_front() else { break };
-            let (bytes, _memory) = task.await.expect("no fetch panics")?;
+            let (mut bytes, _memory) = task.await.expect("no fetch panics")?;
             if bytes.len() as u64 != part.size {
                 return Err(self.damaged(part.chunk));
             }
             tokio::task::block_in_place(|| incoming.write(&bytes))?;
             progress.has(part.size, bytes.len() as u64);
+            bytes.clear();
+            self.buffers.lock().expect("no panic while holding it").push(bytes);
         }
         let Err(came) = tokio::task::block_in_place(|| incoming.finish(blob.digest))? else {
             return Ok(());
@@ -146,36 +151,42 @@ impl Remote {
         Err(Miss::Broken(format!("the bytes of {} are others", blob.digest.short())))
     }
 
-    /// The bytes of a part; none if its chunk is not there.
-    async fn part(&self, part: &Part) -> Result<Bytes, Failure> {
+    /// The bytes of a part, in this empty buffer; none if its chunk is not there.
+    async fn part(&self, part: &Part, mut bytes: Vec<u8>) -> Result<Vec<u8>, Failure> {
         let name = layout::chunk(part.chunk);
         if part.whole {
-            return Ok(self.chunk(&name, part.size).await?.unwrap_or_default());
+            return Ok(self.chunk(&name, part.size, bytes).await?.unwrap_or_default());
         }
-        let mut bytes = Vec::new();
         let range = part.offset..part.offset.saturating_add(part.size);
         let take = |piece: &[u8]| {
             bytes.extend_from_slice(piece);
             Ok(())
         };
         self.bucket.fetch(&name, Some(range), take).await?;
-        Ok(bytes.into())
+        Ok(bytes)
     }
 
     /// A chunk; a larger one than it can be is not what it was, and counts as lost.
-    async fn chunk(&self, name: &str, limit: u64) -> Result<Option<Bytes>, Failure> {
+    async fn chunk(
+        &self,
+        name: &str,
+        limit: u64,
+        mut bytes: Vec<u8>,
+    ) -> Result<Option<Vec<u8>>, Failure> {
         let limit = usize::try_from(limit).expect("a chunk fits in memory");
-        let (mut bytes, mut larger) = (Vec::with_capacity(limit), false);
-        let found = self.bucket.fetch(name, None, |piece| {
+        bytes.reserve_exact(limit);
+        let mut larger = false;
+        let take = |piece: &[u8]| {
             larger = bytes.len() + piece.len() > limit;
-            match larger {
-                true => Err(Failure::environment("")),
-                false => Ok(bytes.extend_from_slice(piece)),
+            if larger {
+                return Err(Failure::environment("it is larger than it may be"));
             }
-        });
-        match found.await {
+            bytes.extend_from_slice(piece);
+            Ok(())
+        };
+        match self.bucket.fetch(name, None, take).await {
             Err(_) if larger => Ok(None),
-            found => Ok(found?.map(|_| bytes.into())),
+            found => Ok(found?.map(|_| bytes)),
         }
     }
 
@@ -187,7 +198,7 @@ impl Remote {
         progress: &mut Progress<'_>,
     ) -> Result<(), Miss> {
         let _memory = self.memory.acquire().await.expect("never closed");
-        let pack = self.chunk(&layout::chunk(chunk), super::pieces::LARGEST).await?;
+        let pack = self.chunk(&layout::chunk(chunk), super::pieces::LARGEST, Vec::new()).await?;
         let pack = pack.filter(|pack| BlobDigest::of(pack) == chunk);
         let pack = pack.ok_or_else(|| self.damaged(chunk))?;
         progress.has(0, pack.len() as u64);
