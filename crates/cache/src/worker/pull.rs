@@ -3,6 +3,7 @@
 //! Whatever is wrong with it makes it a miss with a reason, and the local store never sees it.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -114,12 +115,12 @@ impl Remote {
                     Err(_) if !travelling.is_empty() => break,
                     Err(_) => self.memory.clone().acquire_owned().await.expect("never closed"),
                 };
-                let (remote, wanted) = (self.clone(), part.clone());
+                let (remote, chunk, size) = (self.clone(), part.chunk, part.size);
+                let range = (!part.whole).then(|| part.offset..part.offset.saturating_add(size));
                 let buffer = self.buffers.lock().expect("no panic while holding it").pop();
-                let fetch = async move {
-                    Ok((remote.part(&wanted, buffer.unwrap_or_default()).await?, free))
-                };
-                let task = tokio::spawn(fetch);
+                let task = tokio::spawn(async move {
+                    Ok((remote.read(chunk, range, size, buffer.unwrap_or_default()).await?, free))
+                });
                 travelling.push_back((part, task));
                 next = parts.next();
             }
@@ -151,28 +152,15 @@ impl Remote {
         Err(Miss::Broken(format!("the bytes of {} are others", blob.digest.short())))
     }
 
-    /// The bytes of a part, in this empty buffer; none if its chunk is not there.
-    async fn part(&self, part: &Part, mut bytes: Vec<u8>) -> Result<Vec<u8>, Failure> {
-        let name = layout::chunk(part.chunk);
-        if part.whole {
-            return Ok(self.chunk(&name, part.size, bytes).await?.unwrap_or_default());
-        }
-        let range = part.offset..part.offset.saturating_add(part.size);
-        let take = |piece: &[u8]| {
-            bytes.extend_from_slice(piece);
-            Ok(())
-        };
-        self.bucket.fetch(&name, Some(range), take).await?;
-        Ok(bytes)
-    }
-
-    /// A chunk; a larger one than it can be is not what it was, and counts as lost.
-    async fn chunk(
+    /// The bytes of a chunk, or of a range of it, in this empty buffer. None if it is not there, or
+    /// there are more than `limit`: then it is not what it was.
+    async fn read(
         &self,
-        name: &str,
+        chunk: BlobDigest,
+        range: Option<Range<u64>>,
         limit: u64,
         mut bytes: Vec<u8>,
-    ) -> Result<Option<Vec<u8>>, Failure> {
+    ) -> Result<Vec<u8>, Failure> {
         let limit = usize::try_from(limit).expect("a chunk fits in memory");
         bytes.reserve_exact(limit);
         let mut larger = false;
@@ -184,9 +172,9 @@ impl Remote {
             bytes.extend_from_slice(piece);
             Ok(())
         };
-        match self.bucket.fetch(name, None, take).await {
-            Err(_) if larger => Ok(None),
-            found => Ok(found?.map(|_| bytes)),
+        match self.bucket.fetch(&layout::chunk(chunk), range, take).await {
+            Err(_) if larger => Ok(Vec::new()),
+            found => found.map(|_| bytes),
         }
     }
 
@@ -198,9 +186,10 @@ impl Remote {
         progress: &mut Progress<'_>,
     ) -> Result<(), Miss> {
         let _memory = self.memory.acquire().await.expect("never closed");
-        let pack = self.chunk(&layout::chunk(chunk), super::pieces::LARGEST, Vec::new()).await?;
-        let pack = pack.filter(|pack| BlobDigest::of(pack) == chunk);
-        let pack = pack.ok_or_else(|| self.damaged(chunk))?;
+        let pack = self.read(chunk, None, super::pieces::LARGEST, Vec::new()).await?;
+        if BlobDigest::of(&pack) != chunk {
+            return Err(self.damaged(chunk));
+        }
         progress.has(0, pack.len() as u64);
         for blob in blobs {
             let [part] = blob.parts.as_slice() else { continue };
