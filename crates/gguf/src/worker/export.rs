@@ -55,12 +55,12 @@ pub fn run(job: &Job) -> Result<()> {
         .iter()
         .enumerate()
         .flat_map(|(at, tensor)| pieces(tensor).map(move |rows| (at, rows)));
-    let encode_piece = |(at, rows): (usize, Range<usize>), out: &mut Vec<u8>| -> Result<usize> {
+    let encode_piece = |at: usize, rows: Range<usize>, out: &mut Vec<u8>| -> Result<()> {
         let tensor: &Tensor = &tensors[at];
         let source = weights.get(&tensor.source).map_err(Failure::from)?;
         encode(tensor, &source, rows, &values, out)?;
         weights.let_go(&tensor.source);
-        Ok(at)
+        Ok(())
     };
     let was_read = AtomicBool::new(false);
     let (tokenizer, ahead) = threads.join(
@@ -73,17 +73,17 @@ pub fn run(job: &Job) -> Result<()> {
             let (mut ahead, mut bytes) = (Vec::new(), 0);
             while !was_read.load(Relaxed)
                 && bytes < AHEAD
-                && let Some(piece) = encoding.next()
+                && let Some((at, rows)) = encoding.next()
             {
                 let mut encoded = Vec::new();
-                encode_piece(piece, &mut encoded)?;
+                encode_piece(at, rows, &mut encoded)?;
                 bytes += encoded.len();
                 ahead.push(encoded);
             }
             Ok(ahead)
         },
     );
-    let tokenizer = tokenizer?;
+    let (tokenizer, ahead) = (tokenizer?, ahead?);
 
     let name = model_name(dir)?;
     let licence = Licence::read(dir)?;
@@ -98,7 +98,7 @@ pub fn run(job: &Job) -> Result<()> {
         let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         writer.write(&bytes)?;
     }
-    for encoded in ahead? {
+    for encoded in ahead {
         writer.write(&encoded)?;
     }
     let progress = |done: usize| {
@@ -112,11 +112,12 @@ pub fn run(job: &Job) -> Result<()> {
     };
     // While a piece is encoded, the one before it is written.
     let (mut encoded, mut ready) = (Vec::new(), Vec::new());
-    for piece in encoding {
-        let (at, write) =
-            threads.join(|| encode_piece(piece, &mut encoded), || writer.write(&ready));
+    for (at, rows) in encoding {
+        let (encode, write) =
+            threads.join(|| encode_piece(at, rows, &mut encoded), || writer.write(&ready));
         write?;
-        progress(at?);
+        encode?;
+        progress(at);
         std::mem::swap(&mut encoded, &mut ready);
     }
     progress(tensors.len());
