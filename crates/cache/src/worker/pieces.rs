@@ -1,8 +1,10 @@
-//! Where a file is cut, so that files which share something share pieces: safetensors and GGUF at
-//! their tensors, all else where its content says.
+//! Where a file is cut, so that files which share something share pieces: safetensors, GGUF and the
+//! external data of ONNX at their tensors, all else where its content says.
 //!
 //! Knows nothing of where pieces go. A header that makes no sense costs sharing, and nothing else:
 //! whatever the cuts are, the pieces together are the file.
+
+pub mod onnx;
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -13,12 +15,15 @@ pub const LARGEST: u64 = 8 << 20;
 /// Smaller ones are put together.
 pub const SMALL: u64 = 256 << 10;
 /// A header that is longer is none.
-const HEADER: u64 = 256 << 20;
+pub const HEADER: u64 = 256 << 20;
 
-/// The pieces of a file of so many bytes, in order.
-pub fn pieces(file: &File, size: u64) -> std::io::Result<Vec<Range<u64>>> {
+/// The pieces of a file of so many bytes, in order. `tensors` are the offsets that another file knows.
+pub fn pieces(file: &File, size: u64, tensors: &[u64]) -> std::io::Result<Vec<Range<u64>>> {
     if size <= SMALL {
         return Ok(std::iter::once(0..size).filter(|piece| !piece.is_empty()).collect());
+    }
+    if !tensors.is_empty() {
+        return Ok(merged(tensors, size));
     }
     let mut start = [0; 16];
     let mut reader = file;
@@ -190,9 +195,13 @@ mod tests {
     use super::*;
 
     fn cut(bytes: &[u8]) -> Vec<Range<u64>> {
+        cut_at(bytes, &[])
+    }
+
+    fn cut_at(bytes: &[u8], tensors: &[u64]) -> Vec<Range<u64>> {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(bytes).unwrap();
-        let pieces = pieces(&file, bytes.len() as u64).unwrap();
+        let pieces = pieces(&file, bytes.len() as u64, tensors).unwrap();
         let mut at = 0;
         for piece in &pieces {
             assert_eq!(piece.start, at);
@@ -240,6 +249,14 @@ mod tests {
         for part in shared.chunks(LARGEST as usize) {
             assert!(one.contains(&blake3::hash(part)) && two.contains(&blake3::hash(part)));
         }
+    }
+
+    #[test]
+    fn another_file_says_where_tensors_begin() {
+        let (first, shared) = (noise(3_000_000, 7), noise(9 << 20, 8));
+        let pieces = cut_at(&[&first[..], &shared].concat(), &[0, 3_000_000, u64::MAX]);
+        assert_eq!(pieces[..2], [0..3_000_000, 3_000_000..3_000_000 + LARGEST]);
+        assert_eq!(pieces.len(), 3);
     }
 
     #[test]

@@ -6,11 +6,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use s3::{Bytes, Condition, Put, Written};
-use step::{ActionKey, ActionResult, BlobDigest, Failure};
+use step::{ActionKey, ActionResult, BlobDigest, Failure, Tree};
+use store::Store;
 use tokio::task::JoinSet;
 
 use super::layout::{self, Blob, Part, Payload};
-use super::pieces::{LARGEST, SMALL, pieces};
+use super::pieces::{self, LARGEST, SMALL, onnx, pieces};
 use super::{Remote, Tell};
 use cache::Done;
 
@@ -31,6 +32,19 @@ struct Upload<'a> {
     total: u64,
     transferred: u64,
     shared: u64,
+}
+
+/// A file of the store that goes up.
+struct Wanted {
+    size: u64,
+    /// Where they begin, if another file says so.
+    tensors: Vec<u64>,
+}
+
+impl Wanted {
+    fn of(size: u64) -> Self {
+        Self { size, tensors: Vec::new() }
+    }
 }
 
 struct Sent {
@@ -66,8 +80,8 @@ impl Remote {
                 }
             }
         }
-        let wanted = self.stands_on(&result)?;
-        let total = wanted.iter().map(|(_, size)| size).sum();
+        let wanted = tokio::task::block_in_place(|| self.stands_on(&result))?;
+        let total = wanted.values().map(|file| file.size).sum();
         let mut upload = Upload {
             remote: self,
             tell,
@@ -81,8 +95,8 @@ impl Remote {
             transferred: 0,
             shared: 0,
         };
-        for (digest, size) in wanted {
-            upload.blob(digest, size).await?;
+        for (digest, file) in wanted {
+            upload.blob(digest, file).await?;
         }
         upload.flush().await?;
         while upload.arrived().await? {}
@@ -102,13 +116,13 @@ impl Remote {
         Ok(Done::Pushed { transferred: transferred + size, shared })
     }
 
-    /// All blobs that somebody needs who takes the result, with their sizes: no blob twice.
-    fn stands_on(&self, result: &ActionResult) -> Result<Vec<(BlobDigest, u64)>, Failure> {
+    /// All blobs that somebody needs who takes the result.
+    fn stands_on(&self, result: &ActionResult) -> Result<BTreeMap<BlobDigest, Wanted>, Failure> {
         let mut all = BTreeMap::new();
         let mut known = |digest: BlobDigest| {
             // What explains a key need not be here.
             if let Ok(metadata) = std::fs::metadata(self.store.blob_path(digest)) {
-                all.insert(digest, metadata.len());
+                all.insert(digest, Wanted::of(metadata.len()));
             }
         };
         known(BlobDigest::from_bytes(*result.key.as_bytes()));
@@ -123,20 +137,45 @@ impl Remote {
             known(BlobDigest::from_bytes(*digest.as_bytes()));
         }
         for digest in [result.output, result.report] {
-            for entry in self.store.tree(digest)?.entries() {
-                all.insert(entry.digest, entry.size);
+            let tree = self.store.tree(digest)?;
+            for entry in tree.entries() {
+                all.entry(entry.digest).or_insert(Wanted::of(entry.size));
+            }
+            for (digest, tensors) in tensors(&self.store, &tree) {
+                all.entry(digest).and_modify(|file| file.tensors = tensors);
             }
         }
-        Ok(all.into_iter().collect())
+        Ok(all)
     }
 }
 
+/// Where tensors begin in the files whose graph lies in the same folder.
+fn tensors(store: &Store, tree: &Tree) -> BTreeMap<BlobDigest, Vec<u64>> {
+    let entries = tree.entries();
+    let graphs = entries.iter().filter(|entry| entry.path.ends_with(".onnx"));
+    let mut all = BTreeMap::new();
+    for graph in graphs.filter(|graph| graph.size <= pieces::HEADER) {
+        // What is damaged will say so when it is sent.
+        let Ok(bytes) = store.blob(graph.digest) else { continue };
+        let folder = graph.path.rfind('/').map_or("", |slash| &graph.path[..=slash]);
+        for (name, tensors) in onnx::external_data(&bytes).unwrap_or_default() {
+            let path = format!("{folder}{name}");
+            if let Ok(at) = entries.binary_search_by_key(&path.as_str(), |entry| &entry.path) {
+                all.insert(entries[at].digest, tensors);
+            }
+        }
+    }
+    all
+}
+
 impl Upload<'_> {
-    async fn blob(&mut self, digest: BlobDigest, size: u64) -> Result<(), Failure> {
+    async fn blob(&mut self, digest: BlobDigest, wanted: Wanted) -> Result<(), Failure> {
+        let Wanted { size, tensors } = wanted;
         let path = self.remote.store.blob_path(digest);
         let unreadable = |e| Failure::environment(format!("cannot read {}: {e}", path.display()));
         let file = File::open(&path).map_err(unreadable)?;
-        let cut = tokio::task::block_in_place(|| pieces(&file, size)).map_err(unreadable)?;
+        let cut =
+            tokio::task::block_in_place(|| pieces(&file, size, &tensors)).map_err(unreadable)?;
         let place = self.blobs.len();
         self.blobs.push(Blob { digest, size, parts: Vec::new() });
         let mut hasher = blake3::Hasher::new();
@@ -241,5 +280,26 @@ impl Remote {
         self.bucket.put(&name, bytes, &Put::default()).await?;
         self.damaged.lock().expect("no panic while holding it").remove(&chunk);
         Ok(Sent { size, shared: false })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_graph_knows_the_tensors_of_the_files_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        let folder = dir.path().join("model");
+        std::fs::create_dir_all(folder.join("onnx")).unwrap();
+        let put = |name: &str, bytes: &[u8]| std::fs::write(folder.join(name), bytes).unwrap();
+        put("onnx/graph.onnx", include_bytes!("pieces/golden/graph.onnx"));
+        put("onnx/graph.onnx_data", b"in the graph's folder");
+        put("graph.onnx_data_1", b"not in it");
+        put("other.onnx", b"no graph");
+        let tree = store.ingest(&folder).unwrap();
+        let data = BlobDigest::of(b"in the graph's folder");
+        assert_eq!(tensors(&store, &tree), [(data, vec![0, 4000, 16000])].into());
     }
 }
