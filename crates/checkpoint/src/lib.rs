@@ -3,6 +3,7 @@
 //! Knows nothing of training or of any export: it reads a folder, refuses what it does not know by
 //! name, and writes one that transformers reads.
 
+use std::fs::File;
 use std::path::Path;
 
 use serde_json::Value;
@@ -82,10 +83,10 @@ fn copy(from: &Path, to: &Path, wanted: impl Fn(&str) -> bool) -> Result<(), Err
         let entry = entry.map_err(|e| Error::io(from, e))?;
         let name = entry.file_name();
         if wanted(&name.to_string_lossy()) {
-            let to = to.join(&name);
             // Not `fs::copy`: it would carry a store's read-only mode along.
-            let bytes = std::fs::read(entry.path()).map_err(|e| Error::io(&entry.path(), e))?;
-            std::fs::write(&to, bytes).map_err(|e| Error::io(&to, e))?;
+            let copied = File::open(entry.path())
+                .and_then(|mut from| std::io::copy(&mut from, &mut File::create(to.join(&name))?));
+            copied.map_err(|e| Error::io(&entry.path(), e))?;
         }
     }
     Ok(())

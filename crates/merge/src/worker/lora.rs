@@ -29,7 +29,13 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
     let config = Config::read(base_dir).map_err(Failure::from)?;
     let base = Weights::open(base_dir).map_err(Failure::from)?;
     base.check(&config).map_err(Failure::from)?;
-    let adapters = adapters(job, &config)?;
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build()?;
+    let (adapters, copied) = threads.join(
+        || adapters(job, &config),
+        || checkpoint::copy_companions(base_dir, job.out()).map_err(Failure::from),
+    );
+    let adapters = adapters?;
+    copied?;
     // A weight's name → what is added to it.
     let mut changes: BTreeMap<&str, Vec<Change>> = BTreeMap::new();
     for (name, adapter) in &adapters {
@@ -50,7 +56,6 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
         kept: Kept::default(),
         scales: BTreeMap::new(),
     };
-    let threads = rayon::ThreadPoolBuilder::new().num_threads(job.threads()).build()?;
     for (done, spec) in order.iter().enumerate() {
         threads.install(|| merging.tensor(spec, &changes))?;
         job.progress(Progress {
@@ -68,7 +73,6 @@ pub fn run(job: &Job) -> anyhow::Result<()> {
         job.note(note);
     }
 
-    checkpoint::copy_companions(base_dir, job.out()).map_err(Failure::from)?;
     checkpoint::copy_config(base_dir, job.out(), params.dtype.name(), |config| {
         if params.dtype == lora::Dtype::Int8 {
             config["quantization_config"] = checkpoint::config::int8();
