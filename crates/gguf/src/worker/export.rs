@@ -4,7 +4,7 @@
 //! are the keys and some MiB of rows, whatever the size of the model. Tensors come in the order of
 //! the checkpoint's layers, as from llama.cpp's converter; llama-quantize sorts them by name.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Mutex;
@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use anyhow::{Context, Result};
 use checkpoint::config::Config;
 use checkpoint::weights::{TensorRef, Weights};
-use gguf::export::Export;
+use gguf::export::{Export, Quant};
 use rayon::prelude::*;
 use release::Licence;
 use serde_json::Value as Json;
@@ -22,7 +22,7 @@ use step::Failure;
 use step::worker::{Job, Progress};
 
 use crate::encode::{self, Wrong};
-use crate::format::{Info, Type, Writer};
+use crate::format::{Info, Type, Value, Writer};
 use crate::keys;
 use crate::mix::Mix;
 use crate::modelfile;
@@ -38,6 +38,8 @@ const SHARE: usize = 1 << 14;
 /// Bytes that are encoded while the tokenizer is read, which stands before them in the file: a large
 /// one takes as long as they do.
 const AHEAD: usize = 96 << 20;
+/// Pieces that are written while one is encoded, at most.
+const TOGETHER: usize = 8;
 /// The values at hand, of each thread.
 type Values = [Mutex<Vec<f32>>];
 
@@ -55,52 +57,35 @@ pub fn run(job: &Job) -> Result<()> {
         .iter()
         .enumerate()
         .flat_map(|(at, tensor)| pieces(tensor).map(move |rows| (at, rows)));
-    let encode_piece = |at: usize, rows: Range<usize>, out: &mut Vec<u8>| -> Result<()> {
+    let encode_piece = |at: usize, rows: Range<usize>, mut out: Vec<u8>| -> Result<Vec<u8>> {
         let tensor: &Tensor = &tensors[at];
         let source = weights.get(&tensor.source).map_err(Failure::from)?;
-        encode(tensor, &source, rows, &values, out)?;
+        encode(tensor, &source, rows, &values, &mut out)?;
         weights.let_go(&tensor.source);
-        Ok(())
+        Ok(out)
     };
-    let was_read = AtomicBool::new(false);
-    let (tokenizer, ahead) = threads.join(
+    let has_begun = AtomicBool::new(false);
+    let (begun, ahead) = threads.join(
         || {
-            let read = tokenizer::read(dir, &config);
-            was_read.store(true, Relaxed);
-            read
+            let begun = Begun::new(job, &config, &tensors, params.quant);
+            has_begun.store(true, Relaxed);
+            begun
         },
-        || -> Result<Vec<Vec<u8>>> {
-            let (mut ahead, mut bytes) = (Vec::new(), 0);
-            while !was_read.load(Relaxed)
+        || -> Result<VecDeque<Vec<u8>>> {
+            let (mut ahead, mut bytes) = (VecDeque::new(), 0);
+            while !has_begun.load(Relaxed)
                 && bytes < AHEAD
                 && let Some((at, rows)) = encoding.next()
             {
-                let mut encoded = Vec::new();
-                encode_piece(at, rows, &mut encoded)?;
+                let encoded = encode_piece(at, rows, Vec::new())?;
                 bytes += encoded.len();
-                ahead.push(encoded);
+                ahead.push_back(encoded);
             }
             Ok(ahead)
         },
     );
-    let (tokenizer, ahead) = (tokenizer?, ahead?);
-
-    let name = model_name(dir)?;
-    let licence = Licence::read(dir)?;
-    let mut keys = keys::model(&config, &tokenizer.name(&name), params.quant, licence.as_ref())?;
-    keys.extend(tokenizer.keys);
-    let file = format!("{name}-{}.gguf", params.quant.name());
-    let path = job.out().join(&file);
-    let factors = tensors::factors(&config);
-    let infos = factors.iter().map(|(info, _)| info).chain(tensors.iter().map(|t| &t.info));
-    let mut writer = Writer::create(&path, &keys, infos.cloned().collect())?;
-    for (_, values) in &factors {
-        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-        writer.write(&bytes)?;
-    }
-    for encoded in ahead {
-        writer.write(&encoded)?;
-    }
+    let Begun { file, keys, mut notes, mut writer } = begun?;
+    let mut waiting = ahead?;
     let progress = |done: usize| {
         job.progress(Progress {
             phase: "export".into(),
@@ -110,29 +95,31 @@ pub fn run(job: &Job) -> Result<()> {
             ..Progress::default()
         });
     };
-    // While a piece is encoded, the one before it is written.
-    let (mut encoded, mut ready) = (Vec::new(), Vec::new());
+    // While a piece is encoded, some before it are written.
+    let mut written = Vec::new();
     for (at, rows) in encoding {
-        let (encode, write) =
-            threads.join(|| encode_piece(at, rows, &mut encoded), || writer.write(&ready));
-        write?;
-        encode?;
+        let some: Vec<_> = waiting.drain(..waiting.len().min(TOGETHER)).collect();
+        let (encoded, wrote) = threads.join(
+            || encode_piece(at, rows, written),
+            || some.iter().try_for_each(|piece| writer.write(piece)),
+        );
+        wrote?;
+        waiting.push_back(encoded?);
+        written = some.into_iter().next().unwrap_or_default();
         progress(at);
-        std::mem::swap(&mut encoded, &mut ready);
+    }
+    for piece in waiting {
+        writer.write(&piece)?;
     }
     progress(tensors.len());
-    // Of a small model all was encoded ahead.
-    if !ready.is_empty() {
-        writer.write(&ready)?;
-    }
     let bytes = writer.finish()?;
 
     checkpoint::copy_legal(dir, job.out()).map_err(Failure::from)?;
-    let mut notes = keys::notes(&config);
-    notes.extend(tokenizer.notes);
     notes.extend(modelfile::write(dir, job.out(), &file, &keys)?);
     if params.parity {
-        let check = || parity::check(&path, dir, &config, &weights, &tensors, params.quant);
+        let check = || {
+            parity::check(&job.out().join(&file), dir, &config, &weights, &tensors, params.quant)
+        };
         let (agreement, unreached) = threads.install(check)?;
         job.metric("kl", agreement.kl);
         job.metric("top1_agreement", agreement.top1);
@@ -151,6 +138,37 @@ pub fn run(job: &Job) -> Result<()> {
         report::write(&config, &tensors, (bytes, bits), &notes),
     )?;
     Ok(())
+}
+
+/// A file that was begun: all before the checkpoint's tensors is in it.
+struct Begun {
+    /// Its name.
+    file: String,
+    keys: Vec<(String, Value)>,
+    notes: Vec<String>,
+    writer: Writer,
+}
+
+impl Begun {
+    fn new(job: &Job, config: &Config, tensors: &[Tensor], quant: Quant) -> Result<Self> {
+        let dir = &job.input("model")?.path;
+        let tokenizer = tokenizer::read(dir, config)?;
+        let name = model_name(dir)?;
+        let licence = Licence::read(dir)?;
+        let mut keys = keys::model(config, &tokenizer.name(&name), quant, licence.as_ref())?;
+        keys.extend(tokenizer.keys);
+        let file = format!("{name}-{}.gguf", quant.name());
+        let factors = tensors::factors(config);
+        let infos = factors.iter().map(|(info, _)| info).chain(tensors.iter().map(|t| &t.info));
+        let mut writer = Writer::create(&job.out().join(&file), &keys, infos.cloned().collect())?;
+        for (_, values) in &factors {
+            let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+            writer.write(&bytes)?;
+        }
+        let mut notes = keys::notes(config);
+        notes.extend(tokenizer.notes);
+        Ok(Self { file, keys, notes, writer })
+    }
 }
 
 /// The rows of a tensor, a few at a time.

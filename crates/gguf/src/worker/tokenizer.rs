@@ -90,7 +90,7 @@ struct Model {
     #[serde(default)]
     vocab: tokens::Vocab,
     #[serde(default)]
-    merges: Vec<Merge>,
+    merges: Merges,
     #[serde(default)]
     byte_fallback: bool,
     #[serde(default)]
@@ -103,19 +103,44 @@ struct Model {
     unk_token: Option<String>,
 }
 
-/// Two tokens that become one. They are written `"a b"` or `["a", "b"]`.
+/// Pairs of tokens that become one, the earlier the sooner. A large tokenizer has half a million, so
+/// they share one piece of memory. They are written `"a b"` or `["a", "b"]`.
+#[derive(Debug, Default, PartialEq)]
+struct Merges {
+    text: String,
+    /// Where in `text` the first of a pair ends, and where the second.
+    ends: Vec<[usize; 2]>,
+}
+
+/// One of them.
 #[derive(Debug, PartialEq)]
-struct Merge {
-    made: String,
+struct Merge<'a> {
+    made: &'a str,
     /// Where in `made` the second begins.
     second: usize,
 }
 
-impl Merge {
-    fn of(first: &str, second: &str) -> Self {
-        Self { made: [first, second].concat(), second: first.len() }
+impl Merges {
+    fn push(&mut self, first: &str, second: &str) {
+        self.text += first;
+        let middle = self.text.len();
+        self.text += second;
+        self.ends.push([middle, self.text.len()]);
     }
 
+    fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    fn iter(&self) -> impl Iterator<Item = Merge<'_>> {
+        self.ends.iter().scan(0, |from, [middle, end]| {
+            let from = std::mem::replace(from, *end);
+            Some(Merge { made: &self.text[from..*end], second: middle - from })
+        })
+    }
+}
+
+impl Merge<'_> {
     /// As a GGUF key has it. A space inside a token would end it; llama.cpp reads this letter for it.
     fn text(&self) -> String {
         let solid = |part: &str| part.replace(' ', "Ġ");
@@ -124,31 +149,56 @@ impl Merge {
     }
 }
 
-impl<'de> Deserialize<'de> for Merge {
+impl<'de> Deserialize<'de> for Merges {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct All;
+        impl<'de> Visitor<'de> for All {
+            type Value = Merges;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("merges")
+            }
+
+            fn visit_seq<S: SeqAccess<'de>>(self, mut seq: S) -> Result<Merges, S::Error> {
+                let mut merges = Merges::default();
+                while let Some(Pair(first, second)) = seq.next_element()? {
+                    merges.push(&first, &second);
+                }
+                Ok(merges)
+            }
+        }
+        deserializer.deserialize_seq(All)
+    }
+}
+
+/// A merge where it is written, without a copy unless something in it is escaped.
+struct Pair<'a>(Cow<'a, str>, Cow<'a, str>);
+
+impl<'de> Deserialize<'de> for Pair<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        struct Part<'a>(#[serde(borrow)] Cow<'a, str>);
         struct Two;
         impl<'de> Visitor<'de> for Two {
-            type Value = Merge;
+            type Value = Pair<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
                 f.write_str("a merge of two tokens")
             }
 
-            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Merge, E> {
-                let two = text.split_once(' ').map(|(first, second)| Merge::of(first, second));
-                two.ok_or_else(|| E::custom(format!("{text:?} is no merge of two tokens")))
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Pair<'de>, E> {
+                let (first, second) = text
+                    .split_once(' ')
+                    .ok_or_else(|| E::custom(format!("{text:?} is no merge of two tokens")))?;
+                Ok(Pair(first.to_string().into(), second.to_string().into()))
             }
 
-            fn visit_seq<S: SeqAccess<'de>>(self, mut seq: S) -> Result<Merge, S::Error> {
-                let mut made = seq.next_element::<String>()?.unwrap_or_default();
-                let second = made.len();
-                match seq.next_element::<String>()? {
-                    Some(text) => made.push_str(&text),
-                    None => {
-                        return Err(S::Error::custom(format!("{made:?} is merged with nothing")));
-                    }
-                }
-                Ok(Merge { made, second })
+            fn visit_seq<S: SeqAccess<'de>>(self, mut seq: S) -> Result<Pair<'de>, S::Error> {
+                let mut part = |at: usize| match seq.next_element()? {
+                    Some(Part(text)) => Ok(text),
+                    None => Err(S::Error::invalid_length(at, &Two)),
+                };
+                Ok(Pair(part(0)?, part(1)?))
             }
         }
         deserializer.deserialize_any(Two)
@@ -203,7 +253,7 @@ pub fn read(dir: &Path, config: &Config) -> Result<Keys> {
     match &rule {
         Rule::Bytes(_) => {
             put("ggml.token_type", Value::I32s(vocab.types.clone()));
-            let merges = file.model.merges.iter().map(Merge::text);
+            let merges = file.model.merges.iter().map(|merge| merge.text());
             put("ggml.merges", Value::Texts(merges.collect()));
         }
         Rule::Pieces { .. } => {
@@ -238,7 +288,7 @@ pub fn read(dir: &Path, config: &Config) -> Result<Keys> {
 struct Vocab<'a> {
     texts: Vec<Cow<'a, str>>,
     types: Vec<i32>,
-    ids: HashMap<Cow<'a, str>, u32>,
+    ids: HashMap<Cow<'a, str>, u32, foldhash::fast::RandomState>,
     notes: Vec<String>,
 }
 
@@ -292,7 +342,7 @@ impl<'a> Vocab<'a> {
             .hint("was the tokenizer made for this model?")
             .into());
         }
-        let mut ids = HashMap::with_capacity(slots.len());
+        let mut ids = HashMap::with_capacity_and_hasher(slots.len(), Default::default());
         let (mut texts, mut types) = (Vec::new(), Vec::new());
         for (id, slot) in slots.into_iter().enumerate() {
             let (text, kind) = match slot {
@@ -424,12 +474,12 @@ fn adds(beside: &Json, file: &File, role: &str, id: Option<u32>, vocab: &Vocab) 
 
 /// The scores by which llama.cpp merges: what comes of an earlier merge counts more. It merges
 /// whatever two pieces are a token, so what no merge makes comes last of all.
-fn scores(vocab: &Vocab, merges: &[Merge]) -> Vec<f32> {
+fn scores(vocab: &Vocab, merges: &Merges) -> Vec<f32> {
     let never = -(merges.len() as f32) - 1.0;
     let mut scores = vec![never; vocab.texts.len()];
     let mut made = 0u32;
-    for merge in merges {
-        if let Some(id) = vocab.id(&merge.made)
+    for merge in merges.iter() {
+        if let Some(id) = vocab.id(merge.made)
             && scores[id as usize] == never
         {
             made += 1;
@@ -486,14 +536,18 @@ mod tests {
     #[test]
     fn merges_come_in_two_spellings() {
         let read = |merges: Json| {
-            serde_json::from_value::<Model>(json!({"merges": merges})).map(|model| model.merges)
+            let text = json!({"merges": merges}).to_string();
+            serde_json::from_str::<Model>(&text).map(|model| model.merges)
         };
-        let expected = [Merge::of("a", "b"), Merge::of("ab", "c")];
-        assert_eq!(read(json!(["a b", "ab c"])).unwrap(), expected);
-        assert_eq!(read(json!([["a", "b"], ["ab", "c"]])).unwrap(), expected);
+        for written in [json!(["a b", "ab c\n"]), json!([["a", "b"], ["ab", "c\n"]])] {
+            let merges = read(written).unwrap();
+            let all: Vec<Merge> = merges.iter().collect();
+            assert_eq!(merges.len(), 2);
+            assert_eq!(all, [Merge { made: "ab", second: 1 }, Merge { made: "abc\n", second: 2 }]);
+        }
         for bad in [json!(["ab"]), json!([["a"]]), json!([["a", "b", "c"]]), json!([1])] {
             assert!(read(bad).is_err());
         }
-        assert_eq!(Merge::of("a b", " c").text(), "aĠb Ġc");
+        assert_eq!(Merge { made: "a b c", second: 3 }.text(), "aĠb Ġc");
     }
 }
