@@ -35,7 +35,7 @@ let
 
   # Families whose workers link nothing heavy are compiled in one call, for they share most of their crates.
   # `cargo xtask build` compiles each by itself; what they then agree on are features that compute nothing
-  # (`cargo tree -f "{p} {f}"`). Those of `train` do: its serde_json reads numbers otherwise.
+  # (`cargo tree -f "{p} {f}"`).
   heavy = {
     train = { LIBTORCH = "${tools.libtorch}/torch"; };
     eval = {
