@@ -171,7 +171,7 @@ impl<'de> Deserialize<'de> for Merges {
     }
 }
 
-/// A merge where it is written, without a copy unless something in it is escaped.
+/// A merge as it is written. Parts that stand alone are not copied, unless something is escaped.
 struct Pair<'a>(Cow<'a, str>, Cow<'a, str>);
 
 impl<'de> Deserialize<'de> for Pair<'de> {
