@@ -141,8 +141,10 @@ impl Remote {
         let mut at = 0;
         for part in &blob.parts {
             let mut bytes = vec![0; usize::try_from(part.size).expect("a part fits in memory")];
-            let read = came.read_exact_at(&mut bytes, at);
-            if part.whole && (read.is_err() || BlobDigest::of(&bytes) != part.chunk) {
+            came.read_exact_at(&mut bytes, at).map_err(|e| {
+                Failure::environment(format!("cannot read back what was written to the store: {e}"))
+            })?;
+            if part.whole && BlobDigest::of(&bytes) != part.chunk {
                 return Err(self.damaged(part.chunk));
             }
             at += part.size;
@@ -152,8 +154,8 @@ impl Remote {
         Err(Miss::Broken(format!("the bytes of {} are others", blob.digest.short())))
     }
 
-    /// The bytes of a chunk, or of a range of it, in this empty buffer. None if it is not there, or
-    /// there are more than `limit`: then it is not what it was.
+    /// The bytes of a chunk, or of a range of it, in this empty buffer. It stays empty if the chunk is
+    /// not there, or there are more than `limit`: then it is not what it was.
     async fn read(
         &self,
         chunk: BlobDigest,
