@@ -37,7 +37,7 @@ struct Upload<'a> {
 /// A file of the store that goes up.
 struct Wanted {
     size: u64,
-    /// Where they begin, if another file says so.
+    /// Where its tensors begin, if another file says so.
     tensors: Vec<u64>,
 }
 
