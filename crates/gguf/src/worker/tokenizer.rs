@@ -5,7 +5,6 @@
 //! and give other tokens.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 
@@ -13,6 +12,7 @@ use anyhow::Result;
 use checkpoint::chat::Template;
 use checkpoint::config::{Architecture, Config};
 use checkpoint::tokens;
+use foldhash::{HashMap, HashMapExt};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
 use serde_json::Value as Json;
@@ -105,7 +105,7 @@ struct Model {
 
 /// Pairs of tokens that become one, the earlier the sooner. A large tokenizer has half a million, so
 /// they share one piece of memory. They are written `"a b"` or `["a", "b"]`.
-#[derive(Debug, Default, PartialEq)]
+#[derive(Default)]
 struct Merges {
     text: String,
     /// Where in `text` the first of a pair ends, and where the second.
@@ -288,7 +288,7 @@ pub fn read(dir: &Path, config: &Config) -> Result<Keys> {
 struct Vocab<'a> {
     texts: Vec<Cow<'a, str>>,
     types: Vec<i32>,
-    ids: HashMap<Cow<'a, str>, u32, foldhash::fast::RandomState>,
+    ids: HashMap<Cow<'a, str>, u32>,
     notes: Vec<String>,
 }
 
@@ -342,7 +342,7 @@ impl<'a> Vocab<'a> {
             .hint("was the tokenizer made for this model?")
             .into());
         }
-        let mut ids = HashMap::with_capacity_and_hasher(slots.len(), Default::default());
+        let mut ids = HashMap::with_capacity(slots.len());
         let (mut texts, mut types) = (Vec::new(), Vec::new());
         for (id, slot) in slots.into_iter().enumerate() {
             let (text, kind) = match slot {
